@@ -1,0 +1,328 @@
+// Portable block-sparse flash attention: cp.async + ldmatrix + mma.sync, for sm_80 and newer.
+#pragma once
+
+#include <cutlass/numeric_conversion.h>
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "kernels/attention/block_iterator.h"
+#include "kernels/attention/sm80/config.h"
+#include "kernels/attention/sm80/kernel.h"
+#include "kernels/attention/softmax.cuh"
+#include "kernels/describe.h"
+
+namespace prism::sm80 {
+
+using namespace cute;
+
+constexpr int kVector = 8;       // elements of one 16-byte chunk
+constexpr int kAtomColumns = 64;  // elements of one swizzled shared-memory row
+constexpr int kRowThreads = kAtomColumns / kVector;
+
+// Which (batch, head, query block) a CTA computes. Query heads of one KV head are neighbours and
+// share its K and V in L2; the longest rows of a causal mask start first.
+struct TileCoord {
+  int64_t batch;
+  int q_head;
+  int kv_head;
+  int q_block;
+
+  __device__ TileCoord(const SparseAttentionParams& params, int q_blocks) {
+    const int group = params.q_heads / params.kv_heads;
+    int64_t index = blockIdx.x;
+    const int in_group = static_cast<int>(index % group);
+    index /= group;
+    q_block = q_blocks - 1 - static_cast<int>(index % q_blocks);
+    index /= q_blocks;
+    kv_head = static_cast<int>(index % params.kv_heads);
+    batch = index / params.kv_heads;
+    q_head = kv_head * group + in_group;
+  }
+};
+
+// A thread's share of the copies between kRows global rows and a swizzled shared tile: chunk
+// `threadIdx.x % 8` of every 128-byte segment, of the rows threadIdx.x / 8 + i * kRowStep.
+template <typename Config>
+struct RowCopy {
+  using Element = typename Config::Element;
+  static constexpr int kRowStep = Config::kThreads / kRowThreads;
+
+  // Rows at and above rows_valid become zeros and are not read.
+  template <typename SmemTensor>
+  __device__ static void load(const Element* source, int64_t row_stride, int rows_valid,
+                              bool aligned, SmemTensor& smem) {
+    constexpr int kRows = decltype(size<0>(smem))::value;
+    const int first_row = threadIdx.x / kRowThreads;
+    const int first_column = threadIdx.x % kRowThreads * kVector;
+    if (aligned) {
+#pragma unroll
+      for (int i = 0; i < kRows / kRowStep; ++i) {
+        const int row = first_row + i * kRowStep;
+        const bool valid = row < rows_valid;
+        const Element* chunk = source + (valid ? row * row_stride : 0) + first_column;
+#pragma unroll
+        for (int column = 0; column < Config::kHeadDim; column += kAtomColumns) {
+          SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(
+              *reinterpret_cast<const uint128_t*>(chunk + column),
+              *reinterpret_cast<uint128_t*>(&smem(row, first_column + column)), valid);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int row = first_row; row < kRows; row += kRowStep) {
+#pragma unroll 1
+        for (int column = first_column; column < Config::kHeadDim; column += kAtomColumns) {
+#pragma unroll 1
+          for (int i = 0; i < kVector; ++i) {
+            smem(row, column + i) =
+                row < rows_valid ? source[row * row_stride + column + i] : Element(0.f);
+          }
+        }
+      }
+    }
+  }
+
+  template <typename SmemTensor>
+  __device__ static void store(Element* target, int64_t row_stride, int rows_valid,
+                               const SmemTensor& smem) {
+    constexpr int kRows = decltype(size<0>(smem))::value;
+    const int first_row = threadIdx.x / kRowThreads;
+    const int first_column = threadIdx.x % kRowThreads * kVector;
+#pragma unroll
+    for (int i = 0; i < kRows / kRowStep; ++i) {
+      const int row = first_row + i * kRowStep;
+      if (row < rows_valid) {
+#pragma unroll
+        for (int column = 0; column < Config::kHeadDim; column += kAtomColumns) {
+          *reinterpret_cast<uint128_t*>(target + row * row_stride + first_column + column) =
+              *reinterpret_cast<const uint128_t*>(&smem(row, first_column + column));
+        }
+      }
+    }
+  }
+};
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
+    sparse_attention_kernel(const __grid_constant__ SparseAttentionParams params,
+                            const bool aligned) {
+  using Element = typename Config::Element;
+  constexpr int kTileM = Config::kTileM;
+  constexpr int kTileN = Config::kTileN;
+  constexpr int kHeadDim = Config::kHeadDim;
+
+  const int q_blocks = (params.q_len + kTileM - 1) / kTileM;
+  const int k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
+  const TileCoord tile(params, q_blocks);
+  const int first_row = tile.q_block * kTileM;
+  const int rows_valid = min(kTileM, params.q_len - first_row);
+  // Token position of the tile's first query, and the first key no query of the tile may see.
+  const int first_position = first_row + params.k_len - params.q_len;
+  const int k_end =
+      params.causal ? max(min(first_position + rows_valid, params.k_len), 0) : params.k_len;
+
+  const Element* q = static_cast<const Element*>(params.q.data) +
+                     tile.batch * params.q.batch_stride + tile.q_head * params.q.head_stride +
+                     first_row * params.q.row_stride;
+  const Element* k = static_cast<const Element*>(params.k.data) +
+                     tile.batch * params.k.batch_stride + tile.kv_head * params.k.head_stride;
+  const Element* v = static_cast<const Element*>(params.v.data) +
+                     tile.batch * params.v.batch_stride + tile.kv_head * params.v.head_stride;
+  const int64_t head_index = tile.batch * params.q_heads + tile.q_head;
+  const uint32_t* mask_row =
+      params.bits + (head_index * q_blocks + tile.q_block) * ((k_blocks + 31) / 32);
+  BlockIterator kept(mask_row, params.k_block_size / kTileN, (k_end + kTileN - 1) / kTileN);
+
+  extern __shared__ uint128_t smem[];
+  Element* smem_q = reinterpret_cast<Element*>(smem);
+  Element* smem_k = smem_q + Config::kSizeQ;
+  Element* smem_v = smem_k + Config::kStagesK * Config::kSizeKV;
+  auto sQ = make_tensor(make_smem_ptr(smem_q), typename Config::SmemLayoutQ{});
+  auto sV = make_tensor(make_smem_ptr(smem_v), typename Config::SmemLayoutKV{});
+  auto sVt = make_tensor(make_smem_ptr(smem_v), typename Config::SmemLayoutVt{});
+
+  typename Config::TiledMma tiled_mma;
+  const auto thr_mma = tiled_mma.get_thread_slice(threadIdx.x);
+  const auto copy_q = make_tiled_copy_A(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, tiled_mma);
+  const auto copy_k = make_tiled_copy_B(Copy_Atom<SM75_U32x4_LDSM_N, Element>{}, tiled_mma);
+  const auto copy_v = make_tiled_copy_B(Copy_Atom<SM75_U16x8_LDSM_T, Element>{}, tiled_mma);
+  const auto thr_copy_q = copy_q.get_thread_slice(threadIdx.x);
+  const auto thr_copy_k = copy_k.get_thread_slice(threadIdx.x);
+  const auto thr_copy_v = copy_v.get_thread_slice(threadIdx.x);
+  const auto tCsQ = thr_copy_q.partition_S(sQ);
+  const auto tCsVt = thr_copy_v.partition_S(sVt);
+
+  auto rO = partition_fragment_C(tiled_mma, Shape<Int<kTileM>, Int<kHeadDim>>{});
+  clear(rO);
+  auto rO_rows = make_tensor(rO.data(), as_rows_and_columns(rO.layout()));
+  constexpr int kRows = decltype(size<0>(rO_rows))::value;
+  OnlineSoftmax<kRows> softmax(params.scale);
+  // Thread's first row within the tile; fragment row r adds 8 (r odd) and 64 (r / 2).
+  const int thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+  const auto row_in_tile = [&](int row) {
+    return thread_row + row % 2 * 8 + row / 2 * (16 * Config::kWarps);
+  };
+
+  int n = kept.next();
+  if (n >= 0) {
+    RowCopy<Config>::load(q, params.q.row_stride, rows_valid, aligned, sQ);
+    auto sK = make_tensor(make_smem_ptr(smem_k), typename Config::SmemLayoutKV{});
+    RowCopy<Config>::load(k + static_cast<int64_t>(n) * kTileN * params.k.row_stride,
+                          params.k.row_stride, params.k_len - n * kTileN, aligned, sK);
+    cp_async_fence();
+  }
+
+  int stage = 0;
+  while (n >= 0) {
+    const int n_next = kept.next();
+    cp_async_wait<0>();
+    __syncthreads();  // K of this tile is there; everyone is done with the previous tile
+    RowCopy<Config>::load(v + static_cast<int64_t>(n) * kTileN * params.v.row_stride,
+                          params.v.row_stride, params.k_len - n * kTileN, aligned, sV);
+    cp_async_fence();
+    if (n_next >= 0) {
+      auto sK_next = make_tensor(make_smem_ptr(smem_k + (stage ^ 1) * Config::kSizeKV),
+                                 typename Config::SmemLayoutKV{});
+      RowCopy<Config>::load(k + static_cast<int64_t>(n_next) * kTileN * params.k.row_stride,
+                            params.k.row_stride, params.k_len - n_next * kTileN, aligned,
+                            sK_next);
+    }
+    cp_async_fence();
+
+    // S = Q K^T
+    auto sK = make_tensor(make_smem_ptr(smem_k + stage * Config::kSizeKV),
+                          typename Config::SmemLayoutKV{});
+    auto rS = partition_fragment_C(tiled_mma, Shape<Int<kTileM>, Int<kTileN>>{});
+    clear(rS);
+    {
+      auto rQ = thr_mma.partition_fragment_A(sQ);
+      auto rK = thr_mma.partition_fragment_B(sK);
+      auto rQ_copy = thr_copy_q.retile_D(rQ);
+      auto rK_copy = thr_copy_k.retile_D(rK);
+      const auto tCsK = thr_copy_k.partition_S(sK);
+#pragma unroll
+      for (int i = 0; i < size<2>(rQ); ++i) {
+        copy(copy_q, tCsQ(_, _, i), rQ_copy(_, _, i));
+        copy(copy_k, tCsK(_, _, i), rK_copy(_, _, i));
+        gemm(tiled_mma, rQ(_, _, i), rK(_, _, i), rS);
+      }
+    }
+
+    auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
+    const int first_key = n * kTileN;
+    const bool crosses_diagonal = params.causal && first_key + kTileN - 1 > first_position;
+    if (crosses_diagonal || first_key + kTileN > params.k_len) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const int last_key = params.causal
+                                 ? min(first_position + row_in_tile(row), params.k_len - 1)
+                                 : params.k_len - 1;
+#pragma unroll
+        for (int column = 0; column < size<1>(rS_rows); ++column) {
+          const int key = first_key + column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
+          if (key > last_key) {
+            rS_rows(row, column) = -INFINITY;
+          }
+        }
+      }
+    }
+    softmax.update(rS_rows, rO_rows);
+
+    // O += P V
+    auto rP_acc = make_fragment_like<Element>(rS);
+    {
+      cutlass::NumericArrayConverter<Element, float, decltype(size(rS))::value> convert;
+      using Source = cutlass::Array<float, decltype(size(rS))::value>;
+      using Target = cutlass::Array<Element, decltype(size(rS))::value>;
+      *reinterpret_cast<Target*>(rP_acc.data()) =
+          convert(*reinterpret_cast<const Source*>(rS.data()));
+    }
+    auto rP = make_tensor(rP_acc.data(), as_a_operand(rP_acc.layout()));
+    cp_async_wait<1>();
+    __syncthreads();  // V of this tile is there
+    {
+      auto rV = thr_mma.partition_fragment_B(sVt);
+      auto rV_copy = thr_copy_v.retile_D(rV);
+#pragma unroll
+      for (int i = 0; i < size<2>(rP); ++i) {
+        copy(copy_v, tCsVt(_, _, i), rV_copy(_, _, i));
+        gemm(tiled_mma, rP(_, _, i), rV(_, _, i), rO);
+      }
+    }
+    n = n_next;
+    stage ^= 1;
+  }
+
+  // Epilogue: through shared memory, where a warp reads and writes its own rows of Q only.
+  float* lse = params.lse + head_index * params.q_len + first_row;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const float row_lse = softmax.finish(rO_rows, row);
+    if (threadIdx.x % 4 == 0 && row_in_tile(row) < rows_valid) {
+      lse[row_in_tile(row)] = row_lse;
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int column = 0; column < size<1>(rO_rows); column += 2) {
+      cutlass::NumericArrayConverter<Element, float, 2> convert;
+      cutlass::Array<float, 2> pair;
+      pair[0] = rO_rows(row, column);
+      pair[1] = rO_rows(row, column + 1);
+      *reinterpret_cast<cutlass::Array<Element, 2>*>(
+          &sQ(row_in_tile(row), column / 2 * 8 + threadIdx.x % 4 * 2)) = convert(pair);
+    }
+  }
+  __syncthreads();
+  RowCopy<Config>::store(static_cast<Element*>(params.out.data) +
+                             tile.batch * params.out.batch_stride +
+                             tile.q_head * params.out.head_stride +
+                             first_row * params.out.row_stride,
+                         params.out.row_stride, rows_valid, sQ);
+}
+
+inline bool is_aligned(const TensorView& tensor) {
+  const int64_t strides = tensor.batch_stride | tensor.head_stride | tensor.row_stride;
+  return strides % kVector == 0 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+}
+
+template <typename Element, int kHeadDim, int kTileM>
+cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
+  using Config = AttentionConfig<Element, kHeadDim, kTileM>;
+  const int64_t q_blocks = (static_cast<int64_t>(params.q_len) + kTileM - 1) / kTileM;
+  const int64_t grid = q_blocks * params.q_heads * params.batch;
+  if (grid == 0) {
+    return cudaSuccess;
+  }
+  if (grid > std::numeric_limits<int32_t>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const auto kernel = sparse_attention_kernel<Config>;
+  // Set at every launch: the attribute belongs to the device, not to the process.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const bool aligned = is_aligned(params.q) && is_aligned(params.k) && is_aligned(params.v);
+  kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(params,
+                                                                                        aligned);
+  return cudaGetLastError();
+}
+
+template <typename Element, int kHeadDim, int kTileM>
+void describe_attention(std::vector<KernelInfo>& kernels) {
+  using Config = AttentionConfig<Element, kHeadDim, kTileM>;
+  const std::string dtype = Config::kIsHalf ? "fp16" : "bf16";
+  describe_kernel(kernels,
+                  "sparse_attention_sm80<" + dtype + ", d" + std::to_string(kHeadDim) + ", m" +
+                      std::to_string(kTileM) + ">",
+                  std::to_string(kTileM) + " x " + std::to_string(Config::kTileN) + " x " +
+                      std::to_string(kHeadDim),
+                  sparse_attention_kernel<Config>, Config::kThreads, Config::kSmemBytes);
+}
+
+}  // namespace prism::sm80

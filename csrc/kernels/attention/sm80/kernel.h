@@ -1,0 +1,20 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "kernels/introspect.h"
+#include "kernels/params.h"
+
+namespace prism::sm80 {
+
+// One instantiation of the portable kernel: kTileM is the query block size. Instantiated under
+// instantiations/, one file each so that they compile in parallel.
+template <typename Element, int kHeadDim, int kTileM>
+cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream);
+
+template <typename Element, int kHeadDim, int kTileM>
+void describe_attention(std::vector<KernelInfo>& kernels);
+
+}  // namespace prism::sm80

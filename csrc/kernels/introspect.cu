@@ -1,0 +1,13 @@
+#include "kernels/describe.h"
+
+namespace prism {
+
+std::vector<KernelInfo> list_kernels() {
+  std::vector<KernelInfo> kernels;
+  describe_block_pool(kernels);
+  describe_select_blocks(kernels);
+  describe_sparse_attention(kernels);
+  return kernels;
+}
+
+}  // namespace prism

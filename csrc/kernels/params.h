@@ -1,0 +1,86 @@
+// Plain parameter structs: the only thing that crosses from csrc/torch into the kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace prism {
+
+enum class DType : int32_t { kFloat16, kBFloat16 };
+
+constexpr int kMaxBandRanges = 8;
+constexpr int kMaxHeadDim = 128;
+// One row of float scores has to fit beside the query rows in the 99 KB of shared memory that
+// every supported GPU offers.
+constexpr int64_t kMaxSelectKeyBlocks = 16384;
+
+// A (batch, heads, rows, head_dim) tensor whose last stride is 1. Strides count elements.
+struct TensorView {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+};
+
+struct BlockPoolParams {
+  TensorView x;     // (batch, heads, length, head_dim), dtype
+  float* means;     // (batch, heads, ceil(length / block_size), head_dim), contiguous
+  int64_t batch;
+  int64_t heads;
+  int64_t length;   // tokens
+  int head_dim;     // 64 or 128
+  int block_size;   // tokens
+  DType dtype;
+};
+
+// The dimensions of one RoPE frequency band, one bit a dimension.
+struct Band {
+  uint64_t dims[kMaxHeadDim / 64] = {};
+  int size = 0;  // number of dimensions; 0: the band takes no part
+};
+
+struct SelectBlocksParams {
+  TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float
+  float* energies;     // workspace (batch, q_heads + kv_heads, 3), sums of squares: high, low, all
+  uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
+  int64_t batch;
+  int q_heads;
+  int kv_heads;
+  int64_t q_len;  // tokens
+  int64_t k_len;  // tokens
+  int64_t q_blocks;
+  int64_t k_blocks;
+  int head_dim;
+  int q_block_size;  // tokens
+  int k_block_size;  // tokens
+  Band high;
+  Band low;
+  double top_p;  // in [0, 1]
+  int64_t keep_sink;
+  int64_t keep_recent;
+  bool causal;
+};
+
+struct SparseAttentionParams {
+  TensorView q;           // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;           // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView v;           // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView out;         // (batch, q_heads, q_len, head_dim), dtype, rows 16-byte aligned
+  float* lse;             // (batch, q_heads, q_len), contiguous, natural logarithm
+  const uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  const int32_t* counts;  // (batch, q_heads, q_blocks), contiguous; set bits of each row
+  int64_t batch;
+  int q_heads;
+  int kv_heads;
+  int q_len;  // tokens
+  int k_len;  // tokens
+  int head_dim;
+  int q_block_size;  // tokens
+  int k_block_size;  // tokens
+  float scale;       // softmax scale, > 0
+  bool causal;       // bottom-right aligned
+  DType dtype;
+};
+
+}  // namespace prism

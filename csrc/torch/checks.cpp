@@ -1,0 +1,167 @@
+#include "torch/checks.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <limits>
+
+#include "kernels/attention/dispatch.h"
+
+namespace prism {
+
+namespace {
+
+constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 256;
+
+std::string list_string(const int64_t* values, size_t count) {
+  std::ostringstream out;
+  out << '(';
+  for (size_t i = 0; i < count; ++i) {
+    out << (i ? ", " : "") << values[i];
+  }
+  out << ')';
+  return out.str();
+}
+
+std::string device_string(const Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    return "cpu";
+  }
+  if (tensor.is_cuda()) {
+    return "cuda:" + std::to_string(tensor.get_device_index());
+  }
+  return "another device type";
+}
+
+}  // namespace
+
+std::string shape_string(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return list_string(sizes.data(), sizes.size());
+}
+
+void check_activation(const char* op, const char* name, const Tensor& tensor) {
+  PRISM_CHECK(tensor.is_cpu() || tensor.is_cuda(), op, name, " is on ", device_string(tensor),
+              "; allowed: cpu, cuda");
+  const ScalarType dtype = tensor.scalar_type();
+  const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  PRISM_CHECK(half || (tensor.is_cpu() && dtype == ScalarType::Float), op, name, " has dtype ",
+              torch::headeronly::toString(dtype), " on ", device_string(tensor),
+              "; allowed: BFloat16, Half", tensor.is_cpu() ? ", Float" : "");
+  PRISM_CHECK(tensor.dim() == 4, op, name, " has shape ", shape_string(tensor),
+              "; expected 4 dimensions: (batch, heads, length, head_dim)");
+  PRISM_CHECK(head_dim_supported(tensor.size(3)), op, name, " has head_dim ", tensor.size(3),
+              " (shape ", shape_string(tensor), "); allowed: 64, 128");
+  PRISM_CHECK(tensor.size(2) <= kMaxLength, op, name, " has length ", tensor.size(2),
+              "; allowed: at most ", kMaxLength);
+  PRISM_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, op, name,
+              " has last stride ", tensor.stride(3), "; expected 1 (head_dim elements adjacent)");
+}
+
+void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                       const char* other_name, const Tensor& other) {
+  const bool same = tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
+                    (tensor.is_cpu() || tensor.get_device_index() == other.get_device_index());
+  PRISM_CHECK(same, op, name, " is on ", device_string(tensor), " but ", other_name, " is on ",
+              device_string(other), "; expected the same device");
+}
+
+void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* kv_name,
+               int64_t kv_heads) {
+  PRISM_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, q_name, " has ", q_heads,
+              " heads and ", kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name,
+              "'s heads");
+}
+
+void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_activation(op, "q", q);
+  check_activation(op, "k", k);
+  check_activation(op, "v", v);
+  const struct {
+    const char* name;
+    const Tensor& tensor;
+  } others[] = {{"k", k}, {"v", v}};
+  for (const auto& other : others) {
+    check_same_device(op, other.name, other.tensor, "q", q);
+    PRISM_CHECK(other.tensor.scalar_type() == q.scalar_type(), op, other.name, " has dtype ",
+                torch::headeronly::toString(other.tensor.scalar_type()), "; expected q's, ",
+                torch::headeronly::toString(q.scalar_type()));
+    PRISM_CHECK(other.tensor.size(0) == q.size(0), op, other.name, " has batch size ",
+                other.tensor.size(0), "; expected q's, ", q.size(0));
+    PRISM_CHECK(other.tensor.size(3) == q.size(3), op, other.name, " has head_dim ",
+                other.tensor.size(3), "; expected q's, ", q.size(3));
+  }
+  PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ",
+              shape_string(v), "; expected k's, ", shape_string(k));
+  check_gqa(op, "q", q.size(1), "k", k.size(1));
+}
+
+void check_block_size(const char* op, const char* name, int64_t block_size) {
+  PRISM_CHECK(block_size == 64 || block_size == 128, op, name, " is ", block_size,
+              "; allowed: 64, 128");
+}
+
+void check_block_sizes(const char* op, int64_t q_block_size, int64_t k_block_size) {
+  PRISM_CHECK(block_sizes_supported(q_block_size, k_block_size), op,
+              "(q_block_size, k_block_size) is (", q_block_size, ", ", k_block_size,
+              "); allowed: (128, 128), (128, 64), (64, 64)");
+}
+
+Band check_band(const char* op, const char* name, const std::vector<int64_t>& ranges,
+                int64_t head_dim) {
+  const std::string shown = list_string(ranges.data(), ranges.size());
+  PRISM_CHECK(ranges.size() % 2 == 0 && ranges.size() <= 2 * kMaxBandRanges, op, name, " is ",
+              shown, "; expected at most ", kMaxBandRanges,
+              " pairs of dimensions [start, end)");
+  Band band;
+  int64_t previous_end = 0;
+  for (size_t i = 0; i < ranges.size(); i += 2) {
+    const int64_t start = ranges[i];
+    const int64_t end = ranges[i + 1];
+    PRISM_CHECK(previous_end <= start && start < end && end <= head_dim, op, name, " is ", shown,
+                "; expected sorted, disjoint, non-empty ranges within [0, ", head_dim, ")");
+    for (int64_t dim = start; dim < end; ++dim) {
+      band.dims[dim / 64] |= uint64_t{1} << (dim % 64);
+    }
+    band.size += static_cast<int>(end - start);
+    previous_end = end;
+  }
+  return band;
+}
+
+SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
+                               const std::vector<int64_t>& low_band, int64_t head_dim,
+                               double top_p, int64_t keep_sink, int64_t keep_recent) {
+  const SelectionBands bands{check_band(op, "high_band", high_band, head_dim),
+                             check_band(op, "low_band", low_band, head_dim)};
+  PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
+              "high_band and low_band are both empty; at least one must name dimensions");
+  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p,
+              "; allowed: 0 to 1 inclusive");
+  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
+  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent,
+              "; allowed: 0 or more blocks");
+  return bands;
+}
+
+double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
+  const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  PRISM_CHECK(std::isfinite(value) && value > 0.0, op, "scale is ", value,
+              "; allowed: finite and above 0");
+  return value;
+}
+
+void check_mask_tensor(const char* op, const char* name, const Tensor& tensor,
+                       const std::vector<int64_t>& shape, const char* meaning) {
+  PRISM_CHECK(tensor.scalar_type() == ScalarType::Int, op, name, " has dtype ",
+              torch::headeronly::toString(tensor.scalar_type()), "; expected Int (int32)");
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == shape[i];
+  }
+  PRISM_CHECK(same, op, name, " has shape ", shape_string(tensor), "; expected ",
+              list_string(shape.data(), shape.size()), ": ", meaning);
+  PRISM_CHECK(tensor.is_contiguous(), op, name, " is not contiguous; expected contiguous");
+}
+
+}  // namespace prism

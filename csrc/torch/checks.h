@@ -1,0 +1,78 @@
+// Argument checks of every op. They run for every device, before anything is allocated or
+// launched, in a fixed order: device, dtype, shape, strides, values.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/params.h"
+
+namespace prism {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Args>
+[[noreturn]] void fail(const char* op, const Args&... args) {
+  std::ostringstream message;
+  message << "prism::" << op << ": ";
+  ((message << args), ...);
+  throw std::runtime_error(message.str());
+}
+
+#define PRISM_CHECK(condition, op, ...) \
+  do {                                  \
+    if (!(condition)) {                 \
+      ::prism::fail(op, __VA_ARGS__);   \
+    }                                   \
+  } while (0)
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+std::string shape_string(const Tensor& tensor);
+
+// q, k or v: (batch, heads, length, head_dim) with unit last stride, bfloat16 or float16 (and
+// float32 on the CPU), head_dim 64 or 128.
+void check_activation(const char* op, const char* name, const Tensor& tensor);
+
+// q, k, v of one call: one device and dtype, agreeing shapes, whole GQA groups.
+void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
+
+// q and kv head counts, for messages that name the tensors they come from.
+void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* kv_name,
+               int64_t kv_heads);
+
+void check_same_device(const char* op, const char* name, const Tensor& tensor,
+                       const char* other_name, const Tensor& other);
+
+void check_block_size(const char* op, const char* name, int64_t block_size);
+void check_block_sizes(const char* op, int64_t q_block_size, int64_t k_block_size);
+
+// `ranges` is a flattened list of half-open dimension ranges, sorted and disjoint.
+Band check_band(const char* op, const char* name, const std::vector<int64_t>& ranges,
+                int64_t head_dim);
+
+// Settings shared by select_blocks and prefill. Fills both bands.
+struct SelectionBands {
+  Band high;
+  Band low;
+};
+SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
+                               const std::vector<int64_t>& low_band, int64_t head_dim,
+                               double top_p, int64_t keep_sink, int64_t keep_recent);
+
+// The softmax scale, or head_dim^-1/2 where none is given.
+double check_scale(const char* op, std::optional<double> scale, int64_t head_dim);
+
+// An int32 tensor of exactly `shape`, contiguous.
+void check_mask_tensor(const char* op, const char* name, const Tensor& tensor,
+                       const std::vector<int64_t>& shape, const char* meaning);
+
+}  // namespace prism

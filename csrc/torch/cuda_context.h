@@ -1,0 +1,55 @@
+// The current device and stream as torch sees them, and CUDA errors as exceptions.
+#pragma once
+
+#include "torch/checks.h"
+
+#ifdef PRISM_WITH_CUDA
+
+#include <cuda_runtime_api.h>
+#include <nvtx3/nvToolsExt.h>
+#include <torch/csrc/stable/accelerator.h>
+
+namespace prism {
+
+// Makes `tensor`'s device current for its lifetime.
+class CudaContext {
+ public:
+  CudaContext(const char* op, const Tensor& tensor);
+
+  cudaStream_t stream() const { return stream_; }
+  int sm() const { return sm_; }  // 10 * major + minor
+
+  void check(cudaError_t error) const;
+
+ private:
+  const char* op_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  int sm_ = 0;
+};
+
+// A named range in Nsight Systems' timeline.
+class NvtxRange {
+ public:
+  explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
+  ~NvtxRange() { nvtxRangePop(); }
+  NvtxRange(const NvtxRange&) = delete;
+  NvtxRange& operator=(const NvtxRange&) = delete;
+};
+
+DType kernel_dtype(const Tensor& tensor);
+TensorView view(const Tensor& tensor);
+
+}  // namespace prism
+
+#endif  // PRISM_WITH_CUDA
+
+namespace prism {
+
+// For CUDA tensors in a build without CUDA.
+[[noreturn]] inline void fail_without_cuda(const char* op) {
+  fail(op, "this build has no CUDA kernels (it was made with PRISM_CPU_ONLY=1); rebuild without "
+           "that variable, or pass CPU tensors");
+}
+
+}  // namespace prism

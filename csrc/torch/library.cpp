@@ -1,0 +1,42 @@
+// Schemas and registrations of the ops: the one place that defines their interface.
+#include <torch/csrc/stable/library.h>
+
+#include "torch/ops.h"
+
+STABLE_TORCH_LIBRARY(prism, m) {
+  m.def("block_pool(Tensor x, int block_size) -> Tensor");
+  m.def(
+      "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
+      "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, bool causal=True, "
+      "int q_block_size=128, int k_block_size=128) -> (Tensor bits, Tensor counts)");
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
+      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
+      "int keep_sink=1, int keep_recent=1, float? scale=None, bool causal=True, "
+      "int q_block_size=128, int k_block_size=128) "
+      "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
+  m.def(
+      "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
+      "int k_block_size=128) -> str");
+  m.def("build_config() -> str");
+}
+
+// One implementation serves both devices: it checks, then calls the device's kernel.
+static void register_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("block_pool", TORCH_BOX(&prism::block_pool));
+  m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
+  m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
+  m.impl("prefill", TORCH_BOX(&prism::prefill));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(prism, CPU, m) { register_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(prism, CUDA, m) { register_ops(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(prism, CompositeExplicitAutograd, m) {
+  m.impl("attention_kernel", TORCH_BOX(&prism::attention_kernel));
+  m.impl("build_config", TORCH_BOX(&prism::build_config));
+}

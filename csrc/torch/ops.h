@@ -1,0 +1,46 @@
+// The ops as C++ functions; library.cpp registers them.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace prism {
+
+using torch::stable::Tensor;
+
+Tensor block_pool(const Tensor& x, int64_t block_size);
+
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_means,
+                                         int64_t q_len, int64_t k_len,
+                                         const std::vector<int64_t>& high_band,
+                                         const std::vector<int64_t>& low_band, double top_p,
+                                         int64_t keep_sink, int64_t keep_recent, bool causal,
+                                         int64_t q_block_size, int64_t k_block_size);
+
+std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& bits, const Tensor& counts,
+                                            std::optional<double> scale, bool causal,
+                                            int64_t q_block_size, int64_t k_block_size);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(const Tensor& q, const Tensor& k,
+                                                   const Tensor& v,
+                                                   const std::vector<int64_t>& high_band,
+                                                   const std::vector<int64_t>& low_band,
+                                                   double top_p, int64_t keep_sink,
+                                                   int64_t keep_recent,
+                                                   std::optional<double> scale, bool causal,
+                                                   int64_t q_block_size, int64_t k_block_size);
+
+// The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
+std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,
+                             int64_t q_block_size, int64_t k_block_size);
+
+// JSON: version, git hash, CUDA and CUTLASS versions, compiled architectures.
+std::string build_config();
+
+}  // namespace prism

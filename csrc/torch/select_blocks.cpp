@@ -1,0 +1,117 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "torch/checks.h"
+#include "torch/cuda_context.h"
+#include "torch/ops.h"
+#include "torch/reference.h"
+
+#ifdef PRISM_WITH_CUDA
+#include "kernels/select/select_blocks.h"
+#endif
+
+namespace prism {
+
+namespace {
+
+constexpr const char* kOp = "select_blocks";
+
+void check_means(const char* name, const Tensor& means, const char* length_name, int64_t length,
+                 const char* block_size_name, int64_t block_size) {
+  PRISM_CHECK(means.is_cpu() || means.is_cuda(), kOp, name,
+              " is on an unsupported device; allowed: cpu, cuda");
+  PRISM_CHECK(means.scalar_type() == ScalarType::Float, kOp, name, " has dtype ",
+              torch::headeronly::toString(means.scalar_type()), "; expected Float (float32)");
+  PRISM_CHECK(means.dim() == 4, kOp, name, " has shape ", shape_string(means),
+              "; expected 4 dimensions: (batch, heads, blocks, head_dim)");
+  PRISM_CHECK(means.size(3) == 64 || means.size(3) == 128, kOp, name, " has head_dim ",
+              means.size(3), "; allowed: 64, 128");
+  PRISM_CHECK(means.stride(3) == 1 || means.numel() == 0, kOp, name, " has last stride ",
+              means.stride(3), "; expected 1");
+  PRISM_CHECK(length >= 0, kOp, length_name, " is ", length, "; allowed: 0 or more tokens");
+  PRISM_CHECK(means.size(2) == ceil_div(length, block_size), kOp, name, " has ", means.size(2),
+              " blocks; expected ceil(", length_name, " / ", block_size_name, ") = ceil(", length,
+              " / ", block_size, ") = ", ceil_div(length, block_size));
+}
+
+#ifdef PRISM_WITH_CUDA
+std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tensor& k_means,
+                                              int64_t q_len, int64_t k_len,
+                                              const SelectionBands& bands, double top_p,
+                                              int64_t keep_sink, int64_t keep_recent, bool causal,
+                                              int64_t q_block_size, int64_t k_block_size) {
+  const CudaContext context(kOp, q_means);
+  const NvtxRange range("prism.select");
+  PRISM_CHECK(k_means.size(2) <= kMaxSelectKeyBlocks, kOp, "k_means has ", k_means.size(2),
+              " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
+  const int64_t batch = q_means.size(0);
+  const int64_t q_heads = q_means.size(1);
+  const int64_t kv_heads = k_means.size(1);
+  const int64_t q_blocks = q_means.size(2);
+  const int64_t k_blocks = k_means.size(2);
+  Tensor bits = torch::stable::new_empty(
+      q_means, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)}, ScalarType::Int);
+  Tensor counts =
+      torch::stable::new_empty(q_means, {batch, q_heads, q_blocks}, ScalarType::Int);
+  Tensor energies =
+      torch::stable::new_empty(q_means, {batch, q_heads + kv_heads, 3}, ScalarType::Float);
+  SelectBlocksParams params;
+  params.q_means = view(q_means);
+  params.k_means = view(k_means);
+  params.energies = static_cast<float*>(energies.data_ptr());
+  params.bits = static_cast<uint32_t*>(bits.data_ptr());
+  params.counts = static_cast<int32_t*>(counts.data_ptr());
+  params.batch = batch;
+  params.q_heads = static_cast<int>(q_heads);
+  params.kv_heads = static_cast<int>(kv_heads);
+  params.q_len = q_len;
+  params.k_len = k_len;
+  params.q_blocks = q_blocks;
+  params.k_blocks = k_blocks;
+  params.head_dim = static_cast<int>(q_means.size(3));
+  params.q_block_size = static_cast<int>(q_block_size);
+  params.k_block_size = static_cast<int>(k_block_size);
+  params.high = bands.high;
+  params.low = bands.low;
+  params.top_p = top_p;
+  params.keep_sink = keep_sink;
+  params.keep_recent = keep_recent;
+  params.causal = causal;
+  context.check(launch_select_blocks(params, context.stream()));
+  return {bits, counts};
+}
+#endif
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_means,
+                                         int64_t q_len, int64_t k_len,
+                                         const std::vector<int64_t>& high_band,
+                                         const std::vector<int64_t>& low_band, double top_p,
+                                         int64_t keep_sink, int64_t keep_recent, bool causal,
+                                         int64_t q_block_size, int64_t k_block_size) {
+  check_block_sizes(kOp, q_block_size, k_block_size);
+  check_means("q_means", q_means, "q_len", q_len, "q_block_size", q_block_size);
+  check_means("k_means", k_means, "k_len", k_len, "k_block_size", k_block_size);
+  check_same_device(kOp, "k_means", k_means, "q_means", q_means);
+  PRISM_CHECK(k_means.size(0) == q_means.size(0), kOp, "k_means has batch size ",
+              k_means.size(0), "; expected q_means', ", q_means.size(0));
+  PRISM_CHECK(k_means.size(3) == q_means.size(3), kOp, "k_means has head_dim ", k_means.size(3),
+              "; expected q_means', ", q_means.size(3));
+  check_gqa(kOp, "q_means", q_means.size(1), "k_means", k_means.size(1));
+  [[maybe_unused]] const SelectionBands bands = check_selection(
+      kOp, high_band, low_band, q_means.size(3), top_p, keep_sink, keep_recent);
+  if (q_means.is_cpu()) {
+    const auto outputs =
+        call_reference<2>(kOp, q_means, k_means, q_len, k_len, high_band, low_band, top_p,
+                          keep_sink, keep_recent, causal, q_block_size, k_block_size);
+    return {take_tensor(outputs[0]), take_tensor(outputs[1])};
+  }
+#ifdef PRISM_WITH_CUDA
+  return select_blocks_cuda(q_means, k_means, q_len, k_len, bands, top_p, keep_sink, keep_recent,
+                            causal, q_block_size, k_block_size);
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+}  // namespace prism

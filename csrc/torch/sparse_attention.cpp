@@ -1,0 +1,95 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "kernels/attention/dispatch.h"
+#include "torch/checks.h"
+#include "torch/cuda_context.h"
+#include "torch/ops.h"
+#include "torch/reference.h"
+
+#ifdef PRISM_WITH_CUDA
+#include "kernels/attention/sparse_attention.h"
+#endif
+
+namespace prism {
+
+namespace {
+
+constexpr const char* kOp = "sparse_attention";
+
+#ifdef PRISM_WITH_CUDA
+std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& k,
+                                                 const Tensor& v, const Tensor& bits,
+                                                 const Tensor& counts, double scale, bool causal,
+                                                 int64_t q_block_size, int64_t k_block_size) {
+  const CudaContext context(kOp, q);
+  const NvtxRange range("prism.attention");
+  const AttentionChoice choice =
+      choose_attention_kernel(context.sm(), q.size(3), q_block_size, k_block_size);
+  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, kOp, choice.name);
+  Tensor out = torch::stable::empty_like(q);
+  Tensor lse =
+      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  SparseAttentionParams params;
+  params.q = view(q);
+  params.k = view(k);
+  params.v = view(v);
+  params.out = view(out);
+  params.lse = static_cast<float*>(lse.data_ptr());
+  params.bits = static_cast<const uint32_t*>(bits.data_ptr());
+  params.counts = static_cast<const int32_t*>(counts.data_ptr());
+  params.batch = q.size(0);
+  params.q_heads = static_cast<int>(q.size(1));
+  params.kv_heads = static_cast<int>(k.size(1));
+  params.q_len = static_cast<int>(q.size(2));
+  params.k_len = static_cast<int>(k.size(2));
+  params.head_dim = static_cast<int>(q.size(3));
+  params.q_block_size = static_cast<int>(q_block_size);
+  params.k_block_size = static_cast<int>(k_block_size);
+  params.scale = static_cast<float>(scale);
+  params.causal = causal;
+  params.dtype = kernel_dtype(q);
+  context.check(launch_sparse_attention(params, context.sm(), context.stream()));
+  return {out, lse};
+}
+#endif
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& bits, const Tensor& counts,
+                                            std::optional<double> scale, bool causal,
+                                            int64_t q_block_size, int64_t k_block_size) {
+  check_qkv(kOp, q, k, v);
+  check_block_sizes(kOp, q_block_size, k_block_size);
+  check_same_device(kOp, "bits", bits, "q", q);
+  check_same_device(kOp, "counts", counts, "q", q);
+  const int64_t q_blocks = ceil_div(q.size(2), q_block_size);
+  const int64_t words = ceil_div(ceil_div(k.size(2), k_block_size), 32);
+  check_mask_tensor(kOp, "bits", bits, {q.size(0), q.size(1), q_blocks, words},
+                    "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
+  check_mask_tensor(kOp, "counts", counts, {q.size(0), q.size(1), q_blocks},
+                    "(batch, q_heads, q_blocks)");
+  const double softmax_scale = check_scale(kOp, scale, q.size(3));
+  if (q.is_cpu()) {
+    const std::optional<double> resolved = softmax_scale;
+    const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal,
+                                           q_block_size, k_block_size);
+    return {take_tensor(outputs[0]), take_tensor(outputs[1])};
+  }
+#ifdef PRISM_WITH_CUDA
+  return sparse_attention_cuda(q, k, v, bits, counts, softmax_scale, causal, q_block_size,
+                               k_block_size);
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
+                             int64_t k_block_size) {
+  if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    return "unsupported: dtype must be BFloat16 or Half";
+  }
+  return choose_attention_kernel(static_cast<int>(sm), head_dim, q_block_size, k_block_size).name;
+}
+
+}  // namespace prism

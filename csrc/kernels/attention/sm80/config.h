@@ -23,7 +23,7 @@ struct AttentionConfig {
   // K is loaded one tile ahead; V has QK^T and the softmax of its own tile to arrive. A second V
   // stage would leave an A100 with one CTA a multiprocessor.
   static constexpr int kStagesK = 2;
-  static constexpr int kMinBlocks = kHeadDim == 128 && kTileM == 128 ? 2 : 3;
+  static constexpr int kMinBlocks = kHeadDim == 64 && kTileM == 64 ? 3 : 2;
 
   static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
   using MmaAtom = std::conditional_t<kIsHalf, cute::SM80_16x8x16_F32F16F16F32_TN,

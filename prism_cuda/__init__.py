@@ -1,0 +1,24 @@
+"""Prism block-sparse attention: estimate which blocks of a prefill matter, compute only those."""
+
+from prism_cuda import _ops as _ops
+from prism_cuda.bands import Bands
+from prism_cuda.block_mask import BlockMask
+from prism_cuda.config import PrismConfig
+from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
+from prism_cuda.integrations import register
+from prism_cuda.recording import record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bands",
+    "BlockMask",
+    "Dispatch",
+    "PrismConfig",
+    "dispatch",
+    "prefill",
+    "record",
+    "register",
+    "select_blocks",
+    "sparse_attention",
+]

@@ -1,0 +1,95 @@
+"""Bands of a transformers attention layer, from its model's RoPE configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from prism_cuda import bands
+from prism_cuda.bands import Bands, Layout
+from prism_cuda.config import PrismConfig
+
+
+def layer_bands(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Bands:
+    """The bands for one attention layer; whatever ``config`` sets itself wins over the model.
+
+    Raises:
+        ValueError: if the model does not say how it rotates and ``config`` does not either.
+    """
+    if isinstance(config.bands, Bands):
+        return config.bands
+    if not getattr(module, "use_rope", True):
+        # Without rotation nothing cancels: the whole head is one low band.
+        return Bands((), (0, head_dim))
+    layout = config.rope_layout or _layout(module)
+    if config.bands != "auto" or config.inv_freq is not None or config.rope_theta is not None:
+        return dataclasses.replace(config, rope_layout=layout).resolve_bands(head_dim)
+    inv_freq = inverse_frequencies(module.config, head_dim, _layer_type(module))
+    return bands.split(inv_freq, head_dim, max(config.block_sizes), layout)
+
+
+def inverse_frequencies(
+    model_config: Any, head_dim: int, layer_type: str | None = None
+) -> torch.Tensor:
+    """Radians per token of every RoPE pair, float32 (pairs,).
+
+    Args:
+        model_config: the transformers config of the (text) model; covers every rope_type that
+            transformers knows (llama3, yarn, longrope, ...), partial rotary embedding, and M-RoPE,
+            whose frequencies keep their order by pair.
+        head_dim: dimensions of a head.
+        layer_type: picks one entry where layers differ, such as Gemma's "full_attention".
+
+    Raises:
+        ValueError: if the config holds no RoPE base.
+    """
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    per_layer = bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
+    if per_layer:
+        parameters = parameters.get(layer_type) or {}
+    if not parameters.get("rope_theta"):
+        raise ValueError(
+            f"prism: {type(model_config).__name__}.rope_parameters has no rope_theta"
+            f"{f' for {layer_type} layers' if per_layer else ''}, so the bands cannot be derived; "
+            "set PrismConfig(bands=...), PrismConfig(rope_theta=...) or PrismConfig(inv_freq=...)"
+        )
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type in ROPE_INIT_FUNCTIONS:
+        kwargs = {"layer_type": layer_type} if per_layer else {}
+        return ROPE_INIT_FUNCTIONS[rope_type](model_config, torch.device("cpu"), **kwargs)[0]
+    rotary = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    exponent = torch.arange(0, rotary, 2, dtype=torch.float32) / rotary
+    return parameters["rope_theta"] ** -exponent
+
+
+def _layer_type(module: torch.nn.Module) -> str | None:
+    """The layer's entry in config.layer_types, if its model has such a list."""
+    layer_type = getattr(module, "layer_type", None)
+    if layer_type is not None:
+        return layer_type
+    layer_types = getattr(module.config, "layer_types", None)
+    layer_idx = getattr(module, "layer_idx", None)
+    return layer_types[layer_idx] if layer_types and layer_idx is not None else None
+
+
+def _layout(module: torch.nn.Module) -> Layout:
+    """The layout of the model's rotation, by asking its rotate_half where dimension 1 goes.
+
+    Configs do not tell the layouts apart, but every modeling file has one rotate_half: it maps
+    (0, 1, 2, 3) to (-2, -3, 0, 1) in the half layout and to (-1, 0, -3, 2) when interleaved.
+    """
+    rotate_half = None
+    for model_class in type(module).__mro__:
+        modeling_file = sys.modules.get(model_class.__module__)
+        rotate_half = rotate_half or getattr(modeling_file, "rotate_half", None)
+    if rotate_half is None:
+        raise ValueError(
+            f"prism: cannot tell how {type(module).__name__} pairs rotary dimensions; "
+            "set PrismConfig(rope_layout='half') or PrismConfig(rope_layout='interleaved')"
+        )
+    rotated = rotate_half(torch.arange(4.0).view(1, 4)).flatten().tolist()
+    return "half" if rotated == [-2.0, -3.0, 0.0, 1.0] else "interleaved"

@@ -1,0 +1,263 @@
+"""The algorithm in readable PyTorch: the specification, and the CPU kernels of every op.
+
+Everything is computed in float32 (float64 for float64 inputs). Tensors are laid out (batch, heads,
+length, head_dim); query head h reads key/value head h // (q_heads // kv_heads). Query row i sits at
+token position i + (k_len - q_len): queries are the last q_len tokens of the keys' sequence.
+
+These functions do not validate; the ops and the functions of :mod:`prism_cuda` do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from prism_cuda import _bits
+
+RMS_EPS = 1e-6
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Mean of every block of tokens: (B, H, L, D) -> (B, H, ceil(L / block_size), D).
+
+    A ragged last block averages its real tokens only.
+    """
+    length = x.shape[2]
+    blocks = -(-length // block_size)
+    x = x.to(_accumulate_dtype(x.dtype))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, blocks * block_size - length))
+    sums = padded.unflatten(2, (blocks, block_size)).sum(3)
+    sizes = torch.full((blocks, 1), block_size, dtype=sums.dtype, device=x.device)
+    if blocks:
+        sizes[-1] = length - (blocks - 1) * block_size
+    return sums / sizes
+
+
+def band_index(band: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Dimensions of a band given as flattened half-open ranges [start0, end0, start1, ...]."""
+    ranges = zip(band[::2], band[1::2], strict=True)
+    dims = [dim for start, end in ranges for dim in range(start, end)]
+    return torch.tensor(dims, dtype=torch.int64, device=device)
+
+
+def _rms(means: torch.Tensor) -> torch.Tensor:
+    """Root mean square over blocks and dimensions of each head: (B, H, N, D) -> (B, H)."""
+    return means.square().mean((-2, -1)).sqrt()
+
+
+def band_temperature(
+    q_means: torch.Tensor, k_means: torch.Tensor, band: Sequence[int]
+) -> torch.Tensor:
+    """Temperature tau_z (B, Hq) that restores the energy pooling took from a band.
+
+    tau_z = sqrt(d_z / d) * RMS(Q_z) / RMS(Q) * RMS(K_z) / RMS(K), where Q and K are the pooled
+    tensors and z the band's dimensions.
+    """
+    dims = band_index(band, q_means.device)
+    group = q_means.shape[1] // k_means.shape[1]
+    q_ratio = _rms(q_means[..., dims]) / _rms(q_means).clamp_min(RMS_EPS)
+    k_ratio = _rms(k_means[..., dims]) / _rms(k_means).clamp_min(RMS_EPS)
+    width = math.sqrt(len(dims) / q_means.shape[-1])
+    return width * q_ratio * k_ratio.repeat_interleave(group, dim=1)
+
+
+def band_logits(q_means: torch.Tensor, k_means: torch.Tensor, band: Sequence[int]) -> torch.Tensor:
+    """Calibrated block scores of one band, before any masking: (B, Hq, Nq, Nk)."""
+    dims = band_index(band, q_means.device)
+    kv_heads = k_means.shape[1]
+    q_band = q_means[..., dims].unflatten(1, (kv_heads, -1))
+    k_band = k_means[..., dims].unsqueeze(2)
+    scores = (q_band @ k_band.transpose(-1, -2)).flatten(1, 2)
+    temperature = band_temperature(q_means, k_means, band).clamp_min(RMS_EPS)
+    return scores / (math.sqrt(len(dims)) * temperature[..., None, None])
+
+
+def _block_positions(
+    q_len: int, k_len: int, q_block_size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and last token position of every query block, each int64 (Nq, 1); may be negative."""
+    first = torch.arange(0, q_len, q_block_size, device=device)
+    last = (first + q_block_size).clamp_max(q_len) - 1
+    return (first + k_len - q_len)[:, None], (last + k_len - q_len)[:, None]
+
+
+def visible_blocks(
+    q_len: int,
+    k_len: int,
+    causal: bool,
+    q_block_size: int,
+    k_block_size: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Bool (Nq, Nk): key blocks holding a token that some token of the query block may see."""
+    device = torch.device(device)
+    _, last = _block_positions(q_len, k_len, q_block_size, device)
+    first_key = torch.arange(0, k_len, k_block_size, device=device)[None, :]
+    if not causal:
+        return torch.ones(last.shape[0], first_key.shape[1], dtype=torch.bool, device=device)
+    return first_key <= last
+
+
+def recent_blocks(
+    q_len: int,
+    k_len: int,
+    keep_recent: int,
+    q_block_size: int,
+    k_block_size: int,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Bool (Nq, Nk): the key blocks at the query block's own tokens, and keep_recent - 1 before."""
+    device = torch.device(device)
+    first, last = _block_positions(q_len, k_len, q_block_size, device)
+    block = torch.arange(-(-k_len // k_block_size), device=device)[None, :]
+    if keep_recent < 1:
+        return torch.zeros(first.shape[0], block.shape[1], dtype=torch.bool, device=device)
+    first_block = torch.div(first, k_block_size, rounding_mode="floor") - (keep_recent - 1)
+    last_block = torch.div(last, k_block_size, rounding_mode="floor")
+    return (block >= first_block) & (block <= last_block)
+
+
+def top_p_blocks(logits: torch.Tensor, visible: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Keep the most probable visible blocks of each row until their probabilities sum to top_p.
+
+    Args:
+        logits: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
+
+    Returns:
+        bool (..., Nq, Nk). Ties go to the lower index; a row with NaN probabilities keeps every
+        visible block, since nothing is known about it.
+    """
+    if top_p >= 1:
+        return visible.expand(logits.shape).clone()
+    probs = logits.masked_fill(~visible, -math.inf).softmax(-1)
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.double()
+    sum_before = ordered.cumsum(-1) - ordered
+    kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, sum_before < top_p)
+    unknown = probs.isnan().any(-1, keepdim=True)
+    return (kept | unknown) & visible
+
+
+def select_blocks(
+    q_means: torch.Tensor,
+    k_means: torch.Tensor,
+    q_len: int,
+    k_len: int,
+    high_band: Sequence[int],
+    low_band: Sequence[int],
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the key blocks of every query block from block means.
+
+    Args:
+        q_means, k_means: (B, Hq, Nq, D) and (B, Hkv, Nk, D) from :func:`block_pool`.
+        q_len, k_len: tokens behind the means.
+        high_band, low_band: flattened half-open dimension ranges; an empty band selects nothing.
+
+    Returns:
+        bits int32 (B, Hq, Nq, ceil(Nk / 32)) and counts int32 (B, Hq, Nq).
+    """
+    device = q_means.device
+    visible = visible_blocks(q_len, k_len, causal, q_block_size, k_block_size, device)
+    forced = recent_blocks(q_len, k_len, keep_recent, q_block_size, k_block_size, device)
+    forced[:, :keep_sink] = True
+    kept = (forced & visible).expand(*q_means.shape[:2], *visible.shape)
+    for band in (high_band, low_band):
+        if len(band):
+            kept = kept | top_p_blocks(band_logits(q_means, k_means, band), visible, top_p)
+    return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: torch.Tensor,
+    counts: torch.Tensor,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over the kept (query block, key block) pairs, causal token by token.
+
+    Args:
+        q: (B, Hq, q_len, D). k, v: (B, Hkv, k_len, D).
+        bits, counts: a block mask as :func:`select_blocks` returns it. Rows whose count is 0 are
+            skipped.
+        scale: softmax scale, D ** -0.5 if None.
+
+    Returns:
+        out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator.
+        A row that sees nothing gets out 0 and lse -inf.
+    """
+    batch, q_heads, q_len, head_dim = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
+    scale = head_dim**-0.5 if scale is None else scale
+    dtype = _accumulate_dtype(q.dtype)
+    kept = _bits.unpack(bits, -(-k_len // k_block_size))
+    token = torch.arange(k_len, device=q.device)
+    k, v = k.to(dtype), v.to(dtype)
+
+    out = torch.empty_like(q)
+    lse = torch.empty(batch, q_heads, q_len, dtype=dtype, device=q.device)
+    for b in range(batch):
+        for h in range(q_heads):
+            k_head, v_head = k[b, h // group], v[b, h // group]
+            row_counts = counts[b, h].tolist()
+            for i, start in enumerate(range(0, q_len, q_block_size)):
+                rows = slice(start, min(start + q_block_size, q_len))
+                if row_counts[i] == 0:
+                    out[b, h, rows] = 0
+                    lse[b, h, rows] = -math.inf
+                    continue
+                kept_tokens = kept[b, h, i].repeat_interleave(k_block_size)[:k_len]
+                columns = token[kept_tokens]
+                first = start + k_len - q_len
+                block_out, lse[b, h, rows] = _attend(
+                    q[b, h, rows].to(dtype) * scale,
+                    k_head.index_select(0, columns),
+                    v_head.index_select(0, columns),
+                    columns,
+                    first if causal else None,
+                )
+                out[b, h, rows] = block_out.to(q.dtype)
+    return out, lse
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    columns: torch.Tensor,
+    first_position: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query block, q (M, D) already scaled, to the gathered keys (N, D).
+
+    columns (N,) are the keys' positions, ascending; first_position is the position of q's first
+    row, or None where every key is visible.
+    """
+    scores = q @ k.T
+    if first_position is not None:
+        position = first_position + torch.arange(q.shape[0], device=q.device)
+        # Keys up to the block's first position are visible to all its rows.
+        free = int(torch.searchsorted(columns, first_position, right=True))
+        scores[:, free:].masked_fill_(columns[free:] > position[:, None], -math.inf)
+    highest = scores.amax(-1, keepdim=True)
+    shift = torch.where(highest == -math.inf, 0, highest)
+    weights = scores.sub_(shift).exp_()
+    total = weights.sum(-1, keepdim=True)
+    out = torch.where(total == 0, 0, (weights @ v) / total)
+    return out, (total.log() + shift).squeeze(-1)

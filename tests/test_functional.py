@@ -1,0 +1,162 @@
+"""prefill, select_blocks, sparse_attention and dispatch from Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import prism_cuda
+from prism_cuda import BlockMask, PrismConfig
+
+pytestmark = pytest.mark.usefixtures("needs_library")
+
+SPARSE = PrismConfig(block_size=64, top_p=0.5, dense_below=0)
+EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
+DENSE = PrismConfig(block_size=64, dense_below=1 << 40)
+
+
+def qkv(q_len=300, k_len=300, head_dim=64, dtype=torch.float32):
+    q = torch.randn(2, 4, q_len, head_dim, dtype=dtype)
+    k = torch.randn(2, 2, k_len, head_dim, dtype=dtype)
+    return q, k, torch.randn_like(k)
+
+
+def dense(q, k, v, scale=None, causal=True):
+    """Float64 attention with explicit bottom-right causality: (out, lse)."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    k, v = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    if causal:
+        hidden = torch.ones(q_len, k_len, dtype=torch.bool).triu(k_len - q_len + 1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return scores.softmax(-1).nan_to_num() @ v, scores.logsumexp(-1)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [EXACT, DENSE], ids=["prism", "dense"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(300, 300), (130, 300), (300, 130)])
+def test_both_paths_equal_dense_attention(config, causal, lengths):
+    q, k, v = qkv(*lengths)
+    out = prism_cuda.prefill(q, k, v, config=config, scale=0.3, causal=causal)
+    with_lse, lse, mask = prism_cuda.prefill(
+        q, k, v, config=config, scale=0.3, causal=causal, return_lse=True, return_mask=True
+    )
+    expected, expected_lse = dense(q, k, v, 0.3, causal)
+    close(out, expected)
+    close(with_lse, expected)
+    close(lse, expected_lse)
+    assert mask.density() == 1.0 and mask.causal == causal
+
+
+def test_prefill_is_select_then_attend():
+    q, k, v = qkv()
+    out, mask = prism_cuda.prefill(q, k, v, config=SPARSE, return_mask=True)
+    selected = prism_cuda.select_blocks(q, k, config=SPARSE)
+    assert torch.equal(mask.bits, selected.bits)
+    assert mask.density() < 1
+    attended, lse = prism_cuda.sparse_attention(q, k, v, selected, return_lse=True)
+    assert torch.equal(out, attended)
+    assert lse.shape == q.shape[:3]
+
+
+def test_recorded_stages_give_the_same_result():
+    q, k, v = qkv()
+    with prism_cuda.record(masks=True, times=True) as recording:
+        out = prism_cuda.prefill(q, k, v, config=SPARSE)
+    assert torch.equal(out, prism_cuda.prefill(q, k, v, config=SPARSE))
+    (call,) = recording.calls
+    assert (call.path, call.layer_idx) == ("prism", None)
+    assert set(call.times) == {"pool", "select", "attend"}
+    assert call.mask is not None and call.density == call.mask.density()
+
+
+def test_non_causal_stages_keep_their_causality():
+    q, k, v = qkv()
+    with prism_cuda.record(times=True):
+        timed = prism_cuda.prefill(q, k, v, config=SPARSE, causal=False)
+    assert torch.equal(timed, prism_cuda.prefill(q, k, v, config=SPARSE, causal=False))
+
+
+@pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["prism", "dense"])
+def test_every_call_is_recorded_once(config):
+    q, k, v = qkv()
+    for extras in ({}, {"return_lse": True}, {"return_mask": True}):
+        with prism_cuda.record(times=True) as recording:
+            prism_cuda.prefill(q, k, v, config=config, **extras)
+        assert len(recording.calls) == 1
+
+
+def test_decode_and_empty_keys():
+    q, k, v = qkv(1, 200)
+    close(prism_cuda.prefill(q, k, v), dense(q, k, v)[0])
+    q, k, v = qkv(3, 0)
+    assert prism_cuda.prefill(q, k, v).eq(0).all()
+
+
+def test_unsupported_head_dim_is_dense_and_differentiable():
+    q, k, v = qkv(200, 200, head_dim=32)
+    q.requires_grad_()
+    prism_cuda.prefill(q, k, v, config=SPARSE).sum().backward()
+    assert q.grad is not None
+
+
+def test_backward_says_why():
+    q, k, v = qkv()
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="inference only"):
+        prism_cuda.prefill(q, k, v, config=SPARSE).sum().backward()
+
+
+def test_mask_for_other_lengths():
+    q, k, v = qkv()
+    mask = BlockMask.full(2, 4, 300, 301, q_block_size=64, k_block_size=64)
+    with pytest.raises(ValueError, match=r"\(300, 301\); expected \(300, 300\)"):
+        prism_cuda.sparse_attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize(
+    ("call", "path", "reason"),
+    [
+        ((1, 9000, 128, torch.bfloat16, "cpu"), "dense", "decode"),
+        ((127, 9000, 128, torch.bfloat16, "cpu"), "dense", "less than one block"),
+        ((4000, 4000, 128, torch.bfloat16, "cpu"), "dense", "dense_below 4096"),
+        ((9000, 9000, 96, torch.bfloat16, "cpu"), "dense", "head_dim 96"),
+        ((9000, 9000, 128, torch.float64, "cpu"), "dense", "float64"),
+        ((9000, 9000, 128, torch.float32, "cuda"), "dense", "float32 is not supported on cuda"),
+        ((9000, 9000, 128, torch.bfloat16, "meta"), "dense", "meta"),
+        ((128, 4096, 128, torch.float16, "cpu"), "prism", "block-sparse"),
+        ((9000, 9000, 64, torch.float32, "cpu"), "prism", "block-sparse"),
+    ],
+)
+def test_dispatch(call, path, reason):
+    choice = prism_cuda.dispatch(*call)
+    assert choice.path == path and reason in choice.reason
+    assert choice.kernel == ("cpu" if path == "prism" else "sdpa")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_cpu():
+    q, k, v = qkv(1000, 1000, 128, torch.bfloat16)
+    config = PrismConfig(top_p=1.0, dense_below=0)
+    choice = prism_cuda.dispatch(1000, 1000, 128, q.dtype, "cuda", config)
+    assert choice.path == "prism" and choice.kernel.startswith("sm")
+    with prism_cuda.record(times=True) as recording:
+        out = prism_cuda.prefill(q.cuda(), k.cuda(), v.cuda(), config=config)
+    expected, _ = dense(q, k, v)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=2e-2, rtol=2e-2)
+    assert all(seconds > 0 for seconds in recording.calls[0].times.values())
+
+
+def test_compiles_without_graph_breaks():
+    q, k, v = qkv(200, 200)
+    compiled = torch.compile(
+        lambda q, k, v: prism_cuda.prefill(q, k, v, config=SPARSE),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=SPARSE))

@@ -1,0 +1,395 @@
+"""attn_implementation="prism" against eager and sdpa, on tiny random models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5")
+
+from transformers import (  # noqa: E402
+    CohereConfig,
+    Gemma2Config,
+    GlmConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+    StaticCache,
+)
+from transformers.masking_utils import create_causal_mask  # noqa: E402
+
+import prism_cuda  # noqa: E402
+from prism_cuda import PrismConfig  # noqa: E402
+from prism_cuda.integrations import masks, rope  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("needs_library")
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# Everything kept and nothing too short: sparse attention that must equal dense.
+EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> None:
+    prism_cuda.register(EXACT)
+    prism_cuda.register(PrismConfig(block_size=64, top_p=0.4, dense_below=0), "prism-sparse")
+    prism_cuda.register(PrismConfig(), "prism-default")
+
+
+def build(config_class=LlamaConfig, **changes):
+    config = config_class(**(TINY | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return model.float().eval()
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(3, TINY["vocab_size"], (batch, length))
+
+
+@torch.no_grad()
+def logits(model, attention: str, *args, **kwargs) -> torch.Tensor:
+    model.set_attn_implementation(attention)
+    return model(*args, **kwargs).logits
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+
+
+MODELS = {
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral-window": (MistralConfig, {"sliding_window": 100}),
+    "mistral-wide-window": (MistralConfig, {"sliding_window": 1000}),
+    "phi3-partial": (
+        Phi3Config,
+        {"hidden_size": 256, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "cohere-interleaved": (CohereConfig, {"hidden_size": 256}),
+    "glm-interleaved-partial": (GlmConfig, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_blocks_equal_eager(name):
+    model = build(MODELS[name][0], **MODELS[name][1])
+    ids = tokens(2, 300)
+    expected = logits(model, "eager", ids)
+    with prism_cuda.record() as recording:
+        close(logits(model, "prism", ids), expected)
+    windowed = name == "mistral-window"
+    assert [call.path for call in recording.calls] == ["dense" if windowed else "prism"] * 2
+    assert [call.layer_idx for call in recording.calls] == [0, 1]
+
+
+def test_sparse_differs_and_is_recorded():
+    model = build()
+    ids = tokens(1, 640)
+    expected = logits(model, "sdpa", ids)
+    with prism_cuda.record(masks=True, times=True) as recording:
+        timed = logits(model, "prism-sparse", ids)
+    assert (timed - expected).abs().max() > 1e-3
+    for call in recording.calls:
+        assert call.path == "prism" and 0 < call.density < 1
+        assert call.mask.density() == call.density
+        assert set(call.times) == {"pool", "select", "attend"}
+    close(logits(model, "prism-sparse", ids), timed)
+    assert len(recording.calls) == 2
+
+
+def test_padding_on_both_sides():
+    model = build(Qwen3Config)
+    ids = tokens(4, 300)
+    real = torch.ones_like(ids)
+    real[0, :77] = 0
+    real[1, 231:] = 0
+    real[2, :20] = 0
+    real[2, 290:] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=real)
+    assert actual.isfinite().all()
+    close(actual[real.bool()], expected[real.bool()])
+    assert {(call.path, call.k_len) for call in recording.calls} == {
+        ("prism", length) for length in (223, 231, 270, 300)
+    }
+
+
+def test_padded_rows_select_as_alone():
+    model = build()
+    ids = tokens(1, 500)
+    alone = logits(model, "prism-sparse", ids)
+    padded = torch.cat([torch.zeros(1, 75, dtype=torch.int64), ids], 1)
+    real = (padded != 0).long()
+    positions = (real.cumsum(-1) - 1).clamp_min(0)
+    actual = logits(model, "prism-sparse", padded, attention_mask=real, position_ids=positions)
+    close(actual[:, 75:], alone)
+
+
+def test_mask_with_holes_and_4d_mask_run_dense():
+    model = build()
+    ids = tokens(1, 200)
+    holes = torch.ones_like(ids)
+    holes[0, 50:60] = 0
+    expected = logits(model, "eager", ids, attention_mask=holes)
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=holes)
+    close(actual[holes.bool()], expected[holes.bool()])
+    assert {call.reason for call in recording.calls} == {"a token-level mask"}
+
+    custom = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].clone()
+    custom[..., 100:, :50] = False
+    close(
+        logits(model, "prism", ids, attention_mask=custom),
+        logits(model, "sdpa", ids, attention_mask=custom),
+    )
+
+
+def test_packed_sequences_run_dense():
+    model = build()
+    ids = tokens(1, 200)
+    positions = torch.cat([torch.arange(120), torch.arange(80)])[None]
+    close(
+        logits(model, "prism", ids, position_ids=positions, use_cache=False),
+        logits(model, "sdpa", ids, position_ids=positions, use_cache=False),
+    )
+    lengths = torch.tensor([0, 120, 200], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="packed"):
+        logits(model, "prism", ids, cu_seq_lens_q=lengths)
+
+
+@pytest.mark.parametrize("chunks", [(128, 128, 44), (200, 100), (64, 235, 1)])
+def test_chunked_prefill(chunks):
+    model = build(Qwen3Config)
+    ids = tokens(2, sum(chunks))
+    expected = logits(model, "eager", ids)
+    model.set_attn_implementation("prism")
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(chunks, 1)]
+    close(torch.cat(parts, 1), expected)
+
+
+def test_chunked_prefill_with_left_padding():
+    model = build()
+    ids = tokens(2, 300)
+    real = torch.ones_like(ids)
+    real[0, :150] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    model.set_attn_implementation("prism")
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [
+            model(ids[:, a:b], attention_mask=real[:, :b], past_key_values=cache).logits
+            for a, b in ((0, 100), (100, 300))
+        ]
+    close(torch.cat(parts, 1)[real.bool()], expected[real.bool()])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_cache(padded):
+    model = build()
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    if padded:
+        real[1, :30] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    model.set_attn_implementation("prism")
+    cache = StaticCache(config=model.config, max_cache_len=256)
+    with torch.no_grad(), prism_cuda.record() as recording:
+        parts = [
+            model(
+                ids[:, a:b],
+                attention_mask=real[:, :b] if padded else None,
+                past_key_values=cache,
+            ).logits
+            for a, b in ((0, 120), (120, 199), (199, 200))
+        ]
+    close(torch.cat(parts, 1)[real.bool()], expected[real.bool()])
+    paths = [call.path for call in recording.calls]
+    assert paths[:2] == ["prism"] * 2 and paths[-2:] == ["dense"] * 2
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate(padded, cache):
+    model = build(Qwen3Config)
+    ids = tokens(2, 150)
+    real = torch.ones_like(ids)
+    if padded:
+        real[0, :40] = 0
+    kwargs = {"attention_mask": real, "max_new_tokens": 5, "do_sample": False}
+    if cache:
+        kwargs |= {"cache_implementation": cache, "disable_compile": True}
+    model.set_attn_implementation("eager")
+    expected = model.generate(ids, **kwargs)
+    model.set_attn_implementation("prism")
+    with prism_cuda.record() as recording:
+        actual = model.generate(ids, **kwargs)
+    assert torch.equal(actual, expected)
+    assert {call.path for call in recording.calls} == {"prism", "dense"}
+
+
+def test_scaling_is_honoured():
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.9
+    ids = tokens(1, 200)
+    expected = logits(model, "eager", ids)
+    close(logits(model, "prism", ids), expected)
+    close(logits(model, "prism-default", ids), expected)
+
+
+def test_short_inputs_run_dense_by_default():
+    model = build()
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    real[0, :9] = 0
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism-default", ids, attention_mask=real)
+    assert {call.path for call in recording.calls} == {"dense"}
+    assert "dense_below" in recording.calls[0].reason
+    expected = logits(model, "eager", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
+
+
+def test_dropout_runs_dense():
+    model = build(attention_dropout=0.5).train()
+    model.set_attn_implementation("prism")
+    with prism_cuda.record() as recording:
+        model(tokens(1, 200)).logits.sum().backward()
+    assert {call.reason for call in recording.calls} == {"dropout"}
+
+
+def test_backward_through_sparse_says_why():
+    model = build()
+    model.set_attn_implementation("prism")
+    with pytest.raises(RuntimeError, match="inference only"):
+        model(tokens(1, 200)).logits.sum().backward()
+
+
+def test_non_causal_layers_run_dense():
+    model = build(is_causal=False)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids = tokens(1, 200)
+    close(logits(model, "prism", ids), logits(model, "sdpa", ids))
+
+
+@pytest.mark.parametrize(
+    ("config_class", "changes", "feature"),
+    [
+        (Gemma2Config, {"query_pre_attn_scalar": 64}, "soft-capping"),
+        (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
+    ],
+)
+def test_unsupported_features_raise(config_class, changes, feature):
+    model = build(config_class, **changes)
+    with pytest.raises(NotImplementedError, match=feature):
+        logits(model, "prism", tokens(1, 200))
+
+
+def test_unsupported_head_dim_runs_dense():
+    model = build(head_dim=32)
+    ids = tokens(1, 200)
+    with prism_cuda.record() as recording:
+        close(logits(model, "prism", ids), logits(model, "eager", ids))
+    assert "head_dim 32" in recording.calls[0].reason
+
+
+def test_spans_are_read_once_per_forward(monkeypatch):
+    calls = []
+    original = masks._contiguous_spans
+    monkeypatch.setattr(
+        masks, "_contiguous_spans", lambda padding: calls.append(1) or original(padding)
+    )
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    real[0, :9] = 0
+    logits(build(), "prism", ids, attention_mask=real)
+    assert len(calls) == 1
+
+
+def test_mask_is_none_without_padding():
+    model = build()
+    model.set_attn_implementation("prism")
+    embeds = torch.zeros(2, 100, 128)
+    for attention_mask in (None, torch.ones(2, 100)):
+        assert create_causal_mask(model.config, embeds, attention_mask, None) is None
+
+
+def bands_of(config, layer=0):
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    attention = model.model.layers[layer].self_attn
+    return rope.layer_bands(attention, config.head_dim, PrismConfig())
+
+
+def test_bands_from_model_configs():
+    wide = TINY | {"head_dim": 128}
+    llama = bands_of(LlamaConfig(**wide, rope_parameters=LLAMA3_SCALING))
+    assert (llama.high, llama.low) == (64, 96)
+    assert llama.ranges == ([0, 32, 64, 96], [16, 64, 80, 128])
+    qwen = bands_of(Qwen3Config(**wide, rope_parameters={"rope_theta": 1e6}))
+    assert qwen == llama
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+    }
+    assert bands_of(Qwen3Config(**wide, rope_parameters=yarn)) == llama
+
+
+def test_bands_of_partial_rotary_and_interleaved_models():
+    partial = bands_of(GlmConfig(**(TINY | {"head_dim": 128, "partial_rotary_factor": 0.5})))
+    # GLM interleaves the first half of the head; the rest is not rotated.
+    assert partial.ranges[0][0] == 0 and partial.high <= 64
+    assert partial.ranges[1][-1] == 128 and partial.low >= 64
+    interleaved = bands_of(CohereConfig(**(TINY | {"hidden_size": 512, "head_dim": 128})))
+    assert len(interleaved.high_ranges) == len(interleaved.low_ranges) == 2
+
+
+def test_config_overrides_the_model():
+    model = build(Qwen3Config)
+    attention = model.model.layers[0].self_attn
+    assert rope.layer_bands(attention, 64, PrismConfig(bands=(16, 32))).high == 16
+    by_theta = rope.layer_bands(attention, 64, PrismConfig(rope_theta=1e4))
+    assert by_theta == PrismConfig(rope_theta=1e4).resolve_bands(64)
+
+
+def test_model_without_theta_raises():
+    with pytest.raises(ValueError, match="rope_theta"):
+        rope.inverse_frequencies(type("Config", (), {})(), 64)
+
+
+def test_nope_layers_are_one_low_band():
+    model = build()
+    attention = model.model.layers[0].self_attn
+    attention.use_rope = False
+    bands = rope.layer_bands(attention, 64, PrismConfig())
+    assert bands.ranges == ([], [0, 64])

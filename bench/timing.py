@@ -1,0 +1,70 @@
+"""Timing on the GPU: eager calls and CUDA-graph replay, with rotating inputs and a cold L2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+Inputs = TypeVar("Inputs")
+MODES = ("eager", "graph")
+
+_flush_buffer: torch.Tensor | None = None
+
+
+def flush_l2() -> None:
+    """Overwrite a buffer of twice the L2 cache."""
+    global _flush_buffer
+    if _flush_buffer is None:
+        size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+        _flush_buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+    _flush_buffer.zero_()
+
+
+def _elapsed_ms(call: Callable[[], object]) -> float:
+    """One call on an idle GPU with a cold L2; the host's part of the call counts."""
+    flush_l2()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _repetitions(first_ms: float, budget_ms: float) -> int:
+    return int(min(100, max(5, budget_ms / max(first_ms, 1e-3))))
+
+
+def measure(
+    call: Callable[[Inputs], object],
+    inputs: Sequence[Inputs],
+    mode: str,
+    *,
+    warmup: int = 3,
+    budget_ms: float = 400.0,
+) -> float:
+    """Median milliseconds of one `call`, taking the inputs in turn.
+
+    eager: each call by itself, host overhead included. graph: one CUDA graph that holds a call on
+    every input, replayed; the time of a replay divided by the number of inputs.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; allowed: {MODES}")
+    for i in range(max(warmup, len(inputs))):
+        call(inputs[i % len(inputs)])
+    torch.cuda.synchronize()
+    if mode == "eager":
+        count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms)
+        return median(_elapsed_ms(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for one in inputs:
+            call(one)
+    graph.replay()
+    count = _repetitions(_elapsed_ms(graph.replay), budget_ms)
+    return median(_elapsed_ms(graph.replay) for _ in range(count)) / len(inputs)

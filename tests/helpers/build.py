@@ -1,0 +1,140 @@
+"""Inputs of the ops from a case of the tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helpers import inputs, oracle
+from helpers.cases import AttentionCase, PoolCase, SelectCase
+
+
+@dataclass
+class AttentionInputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor  # (B, Hq, Nq, Nk) bool
+    bits: Tensor
+    counts: Tensor
+    settings: dict[str, object]  # scale, causal, block sizes: the op's and the oracle's names
+
+    def op_arguments(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.bits, self.counts
+
+
+def attention_inputs(
+    case: AttentionCase, dtype: torch.dtype, device: str, seed: int = 0
+) -> AttentionInputs:
+    def make(heads: int, length: int, offset: int) -> Tensor:
+        return inputs.tensor(
+            (case.batch, heads, length, case.head_dim),
+            dtype,
+            device,
+            seed=seed + offset,
+            kind=case.values,
+            layout=case.layout,
+        )
+
+    mask = inputs.block_mask(
+        case.mask,
+        case.batch,
+        case.q_heads,
+        case.q_len,
+        case.k_len,
+        case.blocks,
+        case.causal,
+        device,
+        seed + 3,
+    )
+    bits, counts = oracle.pack_bits(mask)
+    return AttentionInputs(
+        make(case.q_heads, case.q_len, 0),
+        make(case.kv_heads, case.k_len, 1),
+        make(case.kv_heads, case.k_len, 2),
+        mask,
+        bits,
+        counts,
+        {
+            "scale": case.scale,
+            "causal": case.causal,
+            "q_block_size": case.blocks[0],
+            "k_block_size": case.blocks[1],
+        },
+    )
+
+
+def pool_input(case: PoolCase, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    shape = (case.batch, case.heads, case.length, case.head_dim)
+    return inputs.tensor(shape, dtype, device, seed=seed, kind=case.values, layout=case.layout)
+
+
+def structured_batch(case: SelectCase, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """float32 q (B, Hq, q_len, D) and k (B, Hkv, k_len, D); every batch element differs."""
+    if case.batch == 0:
+        return (
+            torch.empty(0, case.q_heads, case.q_len, case.head_dim, device=device),
+            torch.empty(0, case.kv_heads, case.k_len, case.head_dim, device=device),
+        )
+    pairs = [
+        inputs.structured_qk(
+            case.q_heads, case.kv_heads, case.q_len, case.k_len, case.head_dim, device, seed + b
+        )
+        for b in range(case.batch)
+    ]
+    return torch.cat([q for q, _ in pairs]), torch.cat([k for _, k in pairs])
+
+
+def select_bands(case: SelectCase) -> tuple[list[int], list[int]]:
+    high, low = oracle.half_split_bands(case.head_dim, case.high or 2, case.low or 2)
+    return high if case.high else [], low if case.low else []
+
+
+@dataclass
+class SelectInputs:
+    q_means: Tensor
+    k_means: Tensor
+    q_len: int
+    k_len: int
+    high_band: list[int]
+    low_band: list[int]
+    top_p: float
+    settings: dict[str, object]  # the keyword arguments, under the op's and the oracle's names
+
+    def op_arguments(self) -> tuple[object, ...]:
+        return (
+            self.q_means,
+            self.k_means,
+            self.q_len,
+            self.k_len,
+            self.high_band,
+            self.low_band,
+            self.top_p,
+        )
+
+
+def select_settings(case: SelectCase) -> dict[str, object]:
+    return {
+        "keep_sink": case.keep_sink,
+        "keep_recent": case.keep_recent,
+        "causal": case.causal,
+        "q_block_size": case.blocks[0],
+        "k_block_size": case.blocks[1],
+    }
+
+
+def select_inputs(case: SelectCase, device: str, seed: int = 0) -> SelectInputs:
+    q, k = structured_batch(case, device, seed)
+    high_band, low_band = select_bands(case)
+    return SelectInputs(
+        oracle.block_means(q, case.blocks[0]).float(),
+        oracle.block_means(k, case.blocks[1]).float(),
+        case.q_len,
+        case.k_len,
+        high_band,
+        low_band,
+        case.top_p,
+        select_settings(case),
+    )

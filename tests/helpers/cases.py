@@ -1,0 +1,247 @@
+"""Named tables of shapes, layouts, values and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+B128 = (128, 128)
+B64 = (64, 64)
+B128_64 = (128, 64)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    name: str
+    q_len: int
+    k_len: int
+    batch: int = 1
+    q_heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    blocks: tuple[int, int] = B64
+    causal: bool = True
+    layout: str = "contiguous"
+    values: str = "normal"
+    mask: str = "random"
+    scale: float | None = None
+
+
+ATTENTION_GROUPS: dict[str, tuple[AttentionCase, ...]] = {
+    "regular": (
+        AttentionCase("b64_d64", 256, 256),
+        AttentionCase("b128_d128", 256, 256, head_dim=128, blocks=B128),
+        AttentionCase("b128_64_d128", 256, 256, head_dim=128, blocks=B128_64),
+        AttentionCase("b128_d64", 384, 384, blocks=B128),
+        AttentionCase("b64_d128", 192, 192, head_dim=128),
+        AttentionCase("full_attention", 256, 256, causal=False, blocks=B128_64),
+        AttentionCase("batch_of_3", 128, 128, batch=3),
+        AttentionCase("own_scale", 192, 192, scale=0.31),
+    ),
+    "ragged": (
+        AttentionCase("one_over", 129, 129, blocks=B128),
+        AttentionCase("one_short", 191, 191),
+        AttentionCase("odd_d128", 301, 301, head_dim=128, blocks=B128_64),
+        AttentionCase("bidirectional", 173, 201, causal=False),
+        AttentionCase("past_one_word", 70, 33 * 64 + 5, q_heads=1, kv_heads=1),
+    ),
+    "strided": (
+        AttentionCase("length_first", 150, 150, batch=2, layout="length_first"),
+        AttentionCase("length_first_d128", 130, 130, head_dim=128, blocks=B128,
+                      layout="length_first"),
+        AttentionCase("packed_qkv", 150, 150, batch=2, layout="packed_qkv"),
+        AttentionCase("odd_stride", 150, 150, layout="odd_stride"),
+        AttentionCase("odd_stride_d128", 150, 150, head_dim=128, blocks=B128, layout="odd_stride"),
+        AttentionCase("offset", 150, 150, layout="offset"),
+    ),
+    "gqa": (
+        AttentionCase("ratio_4", 150, 150, q_heads=8, kv_heads=2),
+        AttentionCase("ratio_3", 150, 150, batch=2, q_heads=6, kv_heads=2),
+        AttentionCase("one_kv_head", 150, 150, q_heads=5, kv_heads=1, head_dim=128, blocks=B128),
+    ),
+    "empty": (
+        AttentionCase("nothing_kept", 200, 200, mask="empty"),
+        AttentionCase("one_row_empty", 300, 300, mask="one_row_empty"),
+        AttentionCase("alternating_rows", 400, 400, mask="alternating_empty", head_dim=128,
+                      blocks=B128),
+        AttentionCase("last_only", 300, 300, mask="last_only"),
+        AttentionCase("first_only", 300, 300, mask="first_only"),
+        AttentionCase("first_only_bidirectional", 300, 300, mask="first_only", causal=False),
+    ),
+    "full": (
+        AttentionCase("causal", 257, 257, mask="full"),
+        AttentionCase("causal_d128", 300, 300, mask="full", head_dim=128, blocks=B128),
+        AttentionCase("bidirectional", 200, 257, mask="full", causal=False, blocks=B128_64),
+        AttentionCase("visible_only", 257, 257, mask="visible"),
+    ),
+    "extreme": (
+        AttentionCase("large_logits", 200, 200, values="large_logits"),
+        AttentionCase("large_logits_d128", 200, 200, values="large_logits", head_dim=128,
+                      blocks=B128),
+        AttentionCase("constant", 200, 200, values="constant"),
+        AttentionCase("outlier", 200, 200, values="outlier"),
+        AttentionCase("denormal", 200, 200, values="denormal"),
+        AttentionCase("zero", 200, 200, values="zero"),
+    ),
+    "prefix": (
+        AttentionCase("whole_blocks", 128, 320),
+        AttentionCase("offset_1", 100, 101),
+        AttentionCase("offset_37", 150, 187, mask="full"),
+        AttentionCase("offset_63_d128", 200, 263, head_dim=128, blocks=B128),
+        AttentionCase("offset_100_b128_64", 200, 300, blocks=B128_64, mask="full"),
+        AttentionCase("decode", 1, 333, mask="full"),
+        AttentionCase("decode_random", 1, 333),
+        AttentionCase("last_only", 90, 333, mask="last_only"),
+    ),
+    "q_longer": (
+        AttentionCase("by_one_block", 256, 192, mask="full"),
+        AttentionCase("by_37", 200, 163, mask="full"),
+        AttentionCase("by_a_lot", 300, 5, mask="full", head_dim=128, blocks=B128),
+        AttentionCase("bidirectional", 200, 70, causal=False),
+    ),
+    "tiny": (
+        AttentionCase("one_token", 1, 1, mask="full"),
+        AttentionCase("two_tokens", 2, 2, mask="full", head_dim=128, blocks=B128),
+        AttentionCase("three_tokens", 3, 3, mask="full"),
+        AttentionCase("one_query_two_keys", 1, 2, mask="full"),
+        AttentionCase("three_queries_one_key", 3, 1, mask="full"),
+        AttentionCase("three_bidirectional", 3, 2, mask="full", causal=False),
+    ),
+    "zero_length": (
+        AttentionCase("no_query", 0, 100, mask="full"),
+        AttentionCase("no_key", 100, 0, mask="full"),
+        AttentionCase("no_key_bidirectional", 100, 0, mask="full", causal=False),
+        AttentionCase("no_token", 0, 0, mask="full"),
+        AttentionCase("no_batch", 64, 64, batch=0, mask="full"),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    name: str
+    length: int
+    batch: int = 1
+    heads: int = 2
+    head_dim: int = 64
+    block_size: int = 64
+    layout: str = "contiguous"
+    values: str = "normal"
+
+
+POOL_GROUPS: dict[str, tuple[PoolCase, ...]] = {
+    "regular": (
+        PoolCase("b64_d64", 256),
+        PoolCase("b128_d128", 512, head_dim=128, block_size=128),
+        PoolCase("b64_d128", 256, head_dim=128),
+        PoolCase("b128_d64", 256, block_size=128),
+        PoolCase("batch_of_3", 128, batch=3, heads=5),
+    ),
+    "ragged": (
+        PoolCase("one_over", 129, block_size=128),
+        PoolCase("one_short", 127, block_size=128, head_dim=128),
+        PoolCase("odd", 301),
+    ),
+    "strided": tuple(
+        PoolCase(f"{layout}_d{dim}", 150, batch=2, heads=3, head_dim=dim, layout=layout)
+        for layout in ("length_first", "packed_qkv", "odd_stride", "offset")
+        for dim in (64, 128)
+    ),
+    "extreme": tuple(
+        PoolCase(kind, 200, values=kind, block_size=128)
+        for kind in ("large_logits", "constant", "outlier", "denormal", "zero")
+    ),
+    "tiny": tuple(PoolCase(f"length_{n}", n) for n in (1, 2, 3)),
+    "zero_length": (
+        PoolCase("no_token", 0),
+        PoolCase("no_batch", 100, batch=0),
+        PoolCase("no_head", 100, heads=0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SelectCase:
+    name: str
+    q_len: int
+    k_len: int
+    batch: int = 1
+    q_heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 64
+    blocks: tuple[int, int] = B64
+    causal: bool = True
+    high: int | None = 32  # None: the band is empty
+    low: int | None = 48
+    top_p: float = 0.8
+    keep_sink: int = 1
+    keep_recent: int = 1
+
+
+SELECT_GROUPS: dict[str, tuple[SelectCase, ...]] = {
+    "regular": (
+        SelectCase("b64_d64", 1280, 1280),
+        SelectCase("b128_d128", 2560, 2560, head_dim=128, blocks=B128, high=64, low=96),
+        SelectCase("b128_64", 1280, 1280, blocks=B128_64),
+        SelectCase("bidirectional", 1280, 1280, causal=False),
+        SelectCase("batch_of_3", 640, 640, batch=3),
+        SelectCase("past_one_word", 640, 40 * 64),
+    ),
+    "ragged": (
+        SelectCase("one_over", 1281, 1281),
+        SelectCase("one_short", 1279, 1279, blocks=B128),
+        SelectCase("b128_64_odd", 1201, 1201, blocks=B128_64),
+        SelectCase("bidirectional", 701, 903, causal=False),
+    ),
+    "gqa": (
+        SelectCase("ratio_4", 1280, 1280, q_heads=8, kv_heads=2),
+        SelectCase("ratio_3", 640, 640, batch=2, q_heads=6, kv_heads=2),
+        SelectCase("one_kv_head", 640, 640, q_heads=5, kv_heads=1, head_dim=128, high=64, low=96),
+    ),
+    "prefix": (
+        SelectCase("whole_blocks", 640, 1280),
+        SelectCase("offset_1", 640, 641),
+        SelectCase("offset_37", 640, 1317),
+        SelectCase("offset_100_b128_64", 640, 1300, blocks=B128_64),
+        SelectCase("offset_70_b128", 640, 710, blocks=B128),
+        SelectCase("decode", 1, 1281),
+    ),
+    "q_longer": (
+        SelectCase("by_one_block", 640, 576),
+        SelectCase("by_37", 640, 603),
+        SelectCase("by_a_lot", 640, 5),
+        SelectCase("bidirectional", 640, 200, causal=False),
+    ),
+    "tiny": (
+        SelectCase("one_token", 1, 1),
+        SelectCase("two_tokens", 2, 2, blocks=B128),
+        SelectCase("three_queries_one_key", 3, 1),
+        SelectCase("one_query_three_keys", 1, 3),
+    ),
+    "zero_length": (
+        SelectCase("no_query", 0, 640),
+        SelectCase("no_key", 640, 0),
+        SelectCase("no_key_bidirectional", 640, 0, causal=False),
+        SelectCase("no_token", 0, 0),
+        SelectCase("no_batch", 640, 640, batch=0),
+    ),
+    "settings": (
+        SelectCase("only_high", 1280, 1280, low=None),
+        SelectCase("only_low", 1280, 1280, high=None),
+        SelectCase("full_width", 1280, 1280, high=64, low=64),
+        SelectCase("p_0", 1280, 1280, top_p=0.0),
+        SelectCase("p_0_nothing_forced", 1280, 1280, top_p=0.0, keep_sink=0, keep_recent=0),
+        SelectCase("p_1", 1280, 1280, top_p=1.0),
+        SelectCase("p_small", 1280, 1280, top_p=0.05),
+        SelectCase("p_large", 1280, 1280, top_p=0.999),
+        SelectCase("nothing_forced", 1280, 1280, keep_sink=0, keep_recent=0),
+        SelectCase("sink_3_recent_4", 1280, 1280, top_p=0.1, keep_sink=3, keep_recent=4),
+        SelectCase("recent_4_offset_37", 640, 1317, top_p=0.0, keep_sink=0, keep_recent=4),
+        SelectCase("recent_2_b128_64_offset_30", 640, 990, top_p=0.0, keep_sink=0, keep_recent=2,
+                   blocks=B128_64),
+        SelectCase("more_than_there_are", 640, 640, keep_sink=99, keep_recent=99),
+        SelectCase("recent_bidirectional", 640, 1280, top_p=0.0, keep_sink=0, keep_recent=3,
+                   causal=False),
+        SelectCase("recent_q_longer_bidirectional", 640, 300, top_p=0.0, keep_sink=0,
+                   keep_recent=2, causal=False),
+    ),
+}  # fmt: skip

@@ -1,0 +1,331 @@
+"""Every wrong call is refused by name, before anything is allocated or launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import oracle
+from helpers.params import needs_cuda
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import prism_cuda  # noqa: F401  registers the ops
+
+Arguments = dict[str, Any]
+
+BLOCKS = {"q_block_size": 64, "k_block_size": 64}
+HIGH, LOW = oracle.half_split_bands(64, 32, 48)
+SELECTION: Arguments = {"high_band": HIGH, "low_band": LOW, "top_p": 0.9}
+
+
+def activation(device: str, heads: int, length: int = 130, **options: Any) -> torch.Tensor:
+    return torch.ones(2, heads, length, 64, **{"device": device, "dtype": torch.bfloat16} | options)
+
+
+def good(name: str, device: str) -> Arguments:
+    """Arguments of a right call: 4 query heads, 2 kv heads, 130 queries, 200 keys."""
+    if name == "block_pool":
+        return {"x": activation(device, 2), "block_size": 64}
+    if name == "select_blocks":
+        return {
+            "q_means": activation(device, 4, 3, dtype=torch.float32),
+            "k_means": activation(device, 2, 4, dtype=torch.float32),
+            "q_len": 130,
+            "k_len": 200,
+            **SELECTION,
+            **BLOCKS,
+        }
+    qkv = {
+        "q": activation(device, 4),
+        "k": activation(device, 2, 200),
+        "v": activation(device, 2, 200),
+    }
+    if name == "prefill":
+        return {**qkv, **SELECTION, **BLOCKS}
+    bits, counts = oracle.pack_bits(torch.ones(2, 4, 3, 4, dtype=torch.bool, device=device))
+    return {**qkv, "bits": bits, "counts": counts, **BLOCKS}
+
+
+Change = Callable[[Any], Any]
+
+
+def to(value: Any) -> Change:
+    return lambda _: value
+
+
+def last_stride_2(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+def other_dtype(x: torch.Tensor) -> torch.Tensor:
+    return x.half()
+
+
+# (op, argument to change, change, what the message must name)
+ACTIVATION: tuple[tuple[str, Change], ...] = (
+    ("float64", lambda x: x.double()),
+    ("int32", lambda x: x.int()),
+    ("3 dimensions", lambda x: x[0]),
+    ("5 dimensions", lambda x: x[None]),
+    ("head_dim 32", lambda x: x[..., :32]),
+    ("head_dim 96", lambda x: x.repeat(1, 1, 1, 2)[..., :96]),
+    ("head_dim 256", lambda x: x.repeat(1, 1, 1, 4)),
+    ("last stride 2", last_stride_2),
+)
+WRONG: list[tuple[str, str, str, Change, str]] = [
+    ("block_pool", "x", what, change, r"\bx\b") for what, change in ACTIVATION
+]
+WRONG += [
+    ("block_pool", "block_size", str(size), to(size), "block_size")
+    for size in (0, -64, 32, 63, 96, 256)
+]
+for _op in ("sparse_attention", "prefill"):
+    for _name in ("q", "k", "v"):
+        WRONG += [
+            (_op, _name, what, change, rf"\b{_name}\b")
+            for what, change in ACTIVATION
+        ]  # fmt: skip
+        WRONG += [
+            (_op, _name, "other dtype", other_dtype, rf"\b[{_name}k]\b.* dtype"),
+            (_op, _name, "other batch", lambda x: x[:1], rf"\b[{_name}k]\b.* batch"),
+            (_op, _name, "other head_dim", lambda x: x.repeat(1, 1, 1, 2), "head_dim"),
+        ]
+    WRONG += [
+        (_op, "q", "5 heads for 2", lambda x: x.repeat(1, 2, 1, 1)[:, :5], r"\bq\b.*5.*\bk\b.*2"),
+        (_op, "k", "3 heads", lambda x: x.repeat(1, 2, 1, 1)[:, :3], r"\b[kv]\b"),
+        (_op, "v", "1 head", lambda x: x[:, :1], r"\bv\b"),
+        (_op, "v", "shorter", lambda x: x[:, :, :199], r"\bv\b"),
+        (_op, "k", "longer", lambda x: x.repeat(1, 1, 2, 1), r"\b[kv]\b"),
+        (_op, "scale", "zero", to(0.0), "scale"),
+        (_op, "scale", "negative", to(-1.0), "scale"),
+        (_op, "scale", "nan", to(math.nan), "scale"),
+        (_op, "scale", "inf", to(math.inf), "scale"),
+    ]
+WRONG += [
+    ("sparse_attention", "bits", "int64", lambda x: x.long(), "bits"),
+    ("sparse_attention", "bits", "bool", lambda x: x.bool(), "bits"),
+    ("sparse_attention", "bits", "a word too many", lambda x: x.repeat(1, 1, 1, 2), "bits"),
+    ("sparse_attention", "bits", "a row too few", lambda x: x[:, :, :2], "bits"),
+    ("sparse_attention", "bits", "kv heads", lambda x: x[:, :2], "bits"),
+    ("sparse_attention", "bits", "3 dimensions", lambda x: x[..., 0], "bits"),
+    ("sparse_attention", "counts", "float32", lambda x: x.float(), "counts"),
+    ("sparse_attention", "counts", "a row too few", lambda x: x[:, :, :2], "counts"),
+    ("sparse_attention", "counts", "4 dimensions", lambda x: x[..., None], "counts"),
+    ("sparse_attention", "counts", "other batch", lambda x: x[:1], "counts"),
+]
+for _name in ("q_means", "k_means"):
+    WRONG += [
+        ("select_blocks", _name, "bfloat16", lambda x: x.bfloat16(), _name),
+        ("select_blocks", _name, "float64", lambda x: x.double(), _name),
+        ("select_blocks", _name, "3 dimensions", lambda x: x[0], _name),
+        ("select_blocks", _name, "head_dim 32", lambda x: x[..., :32], _name),
+        ("select_blocks", _name, "other head_dim", lambda x: x.repeat(1, 1, 1, 2), "k_means"),
+        ("select_blocks", _name, "other batch", lambda x: x[:1], "k_means"),
+        ("select_blocks", _name, "a block too few", lambda x: x[:, :, :2], _name),
+        ("select_blocks", _name, "last stride 2", last_stride_2, _name),
+    ]
+WRONG += [
+    ("select_blocks", "q_means", "3 heads for 2", lambda x: x[:, :3], "q_means.*3.*k_means.*2"),
+    ("select_blocks", "q_len", "128 with 3 blocks", to(128), "q_len"),
+    ("select_blocks", "q_len", "193 with 3 blocks", to(193), "q_len"),
+    ("select_blocks", "q_len", "-1", to(-1), "q_len"),
+    ("select_blocks", "k_len", "192 with 4 blocks", to(192), "k_len"),
+    ("select_blocks", "k_len", "257 with 4 blocks", to(257), "k_len"),
+    ("select_blocks", "k_len", "-200", to(-200), "k_len"),
+]
+NINE_RANGES = [d for start in range(0, 36, 4) for d in (start, start + 2)]
+for _op in ("select_blocks", "prefill"):
+    for _name in ("high_band", "low_band"):
+        WRONG += [
+            (_op, _name, str(band), to(band), _name)
+            for band in (
+                [0],
+                [0, 32, 32],
+                [0, 65],
+                [-1, 32],
+                [32, 0],
+                [16, 32, 0, 16],
+                [0, 20, 10, 30],
+                NINE_RANGES,
+            )
+        ]
+    WRONG += [
+        (_op, "top_p", str(p), to(p), "top_p") for p in (-0.01, 1.01, math.nan, math.inf, -math.inf)
+    ]
+    WRONG += [
+        (_op, name, "negative", to(value), name)
+        for name in ("keep_sink", "keep_recent")
+        for value in (-1,)
+    ]
+for _op in ("sparse_attention", "select_blocks", "prefill"):
+    WRONG += [
+        (_op, name, str(size), to(size), "block_size")
+        for name in BLOCKS
+        for size in (0, -64, 32, 63, 256)
+    ]
+    WRONG += [(_op, "k_block_size", "larger than q's", to(128), "k_block_size")]
+
+
+def refuse(name: str, arguments: Arguments, pattern: str) -> None:
+    """The call raises RuntimeError naming op and argument, and allocates no GPU memory."""
+
+    def allocations() -> int:
+        if not torch.cuda.is_available():
+            return 0
+        return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
+
+    before = allocations()
+    with pytest.raises(RuntimeError, match=rf"prism::{name}\b.*(?:{pattern})"):
+        getattr(torch.ops.prism, name)(**arguments)
+    assert allocations() == before, "memory was allocated before the refusal"
+
+
+@pytest.mark.parametrize("name", ["block_pool", "select_blocks", "sparse_attention", "prefill"])
+def test_the_right_call_is_accepted(name: str, device: str) -> None:
+    getattr(torch.ops.prism, name)(**good(name, device))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "pattern"),
+    [
+        pytest.param(name, argument, change, pattern, id=f"{name}-{argument}-{what}")
+        for name, argument, what, change, pattern in WRONG
+    ],
+)
+def test_wrong_call_is_refused_by_name(
+    name: str, argument: str, change: Change, pattern: str, device: str
+) -> None:
+    arguments = good(name, device)
+    arguments[argument] = change(arguments.get(argument))
+    refuse(name, arguments, pattern)
+
+
+@pytest.mark.parametrize("name", ["select_blocks", "prefill"])
+def test_two_empty_bands_are_refused(name: str, device: str) -> None:
+    refuse(name, good(name, device) | {"high_band": [], "low_band": []}, "high_band.*low_band")
+
+
+@pytest.mark.parametrize("name", ["block_pool", "sparse_attention", "prefill"])
+def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
+    arguments = {
+        key: value.float() if key in ("x", "q", "k", "v") else value
+        for key, value in good(name, cuda).items()
+    }
+    refuse(name, arguments, r"\b[xq]\b.*Float")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("sparse_attention", "k"),
+        ("sparse_attention", "v"),
+        ("sparse_attention", "bits"),
+        ("sparse_attention", "counts"),
+        ("prefill", "k"),
+        ("prefill", "v"),
+        ("select_blocks", "k_means"),
+    ],
+)
+def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str) -> None:
+    arguments = good(name, cuda)
+    arguments[argument] = arguments[argument].cpu()
+    refuse(name, arguments, rf"\b{argument}\b.* cpu.*cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("select_blocks", "q_means"),
+        ("select_blocks", "k_means"),
+        ("sparse_attention", "q"),
+        ("sparse_attention", "v"),
+        ("sparse_attention", "bits"),
+        ("sparse_attention", "counts"),
+        ("prefill", "k"),
+    ],
+)
+def test_missing_tensor_is_refused_by_name(name: str, argument: str, device: str) -> None:
+    refuse(name, good(name, device) | {argument: None}, rf"\b{argument}\b")
+
+
+def band_is_valid(band: list[int], head_dim: int) -> bool:
+    starts, ends = band[0::2], band[1::2]
+    return (
+        len(starts) == len(ends) <= 8
+        and all(start < end for start, end in zip(starts, ends, strict=True))
+        and band == sorted(band)
+        and all(0 <= d <= head_dim for d in band)
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["select_blocks", "prefill"]),
+    argument=st.sampled_from(["high_band", "low_band"]),
+    band=st.lists(st.integers(-8, 72), max_size=18).flatmap(
+        lambda dims: st.sampled_from([dims, sorted(set(dims))])
+    ),
+)
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_a_band_is_refused_exactly_if_it_is_wrong(
+    on: str, name: str, argument: str, band: list[int]
+) -> None:
+    if on == "cuda":
+        needs_cuda()
+    arguments = good(name, on) | {argument: band}
+    if band_is_valid(band, 64):
+        getattr(torch.ops.prism, name)(**arguments)
+    else:
+        refuse(name, arguments, argument)
+
+
+WRONG_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "top_p": st.floats().filter(lambda p: not 0 <= p <= 1),
+    "keep_sink": st.integers(-(2**40), -1),
+    "keep_recent": st.integers(-(2**40), -1),
+    "q_block_size": st.integers(-(2**40), 2**40).filter(lambda n: n not in (64, 128)),
+    "k_block_size": st.integers(-(2**40), 2**40).filter(lambda n: n != 64),
+    "scale": st.floats().filter(lambda s: not 0 < s < math.inf),
+}
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["select_blocks", "sparse_attention", "prefill"]),
+    wrong=st.sampled_from(sorted(WRONG_VALUES)).flatmap(
+        lambda argument: st.tuples(st.just(argument), WRONG_VALUES[argument])
+    ),
+)
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_any_wrong_value_is_refused_by_name(on: str, name: str, wrong: tuple[str, Any]) -> None:
+    if on == "cuda":
+        needs_cuda()
+    argument, value = wrong
+    schema = getattr(torch.ops.prism, name).default._schema
+    assume(argument in {a.name for a in schema.arguments})
+    refuse(name, good(name, on) | {argument: value}, argument)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(["sparse_attention", "prefill"]),
+    argument=st.sampled_from(["k", "v"]),
+    batch=st.integers(0, 3),
+    heads=st.integers(0, 5),
+    length=st.sampled_from([0, 1, 199, 200, 201]),
+    head_dim=st.sampled_from([0, 1, 63, 64, 65, 128]),
+)
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_any_shape_that_does_not_fit_is_refused(
+    on: str, name: str, argument: str, batch: int, heads: int, length: int, head_dim: int
+) -> None:
+    if on == "cuda":
+        needs_cuda()
+    shape = (batch, heads, length, head_dim)
+    assume(shape != (2, 2, 200, 64))
+    wrong = torch.ones(shape, dtype=torch.bfloat16, device=on)
+    refuse(name, good(name, on) | {argument: wrong}, r"\b[kv]\b")

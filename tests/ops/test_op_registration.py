@@ -1,0 +1,212 @@
+"""How the ops behave under opcheck, fake tensors, compile, export and autograd."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import inputs, oracle
+from helpers.build import attention_inputs, select_inputs
+from helpers.cases import AttentionCase, SelectCase
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import prism_cuda  # noqa: F401  registers the ops
+
+HIGH, LOW = oracle.half_split_bands(64, 32, 48)
+OPS = ("block_pool", "select_blocks", "sparse_attention", "prefill")
+DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
+
+
+def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[torch.Tensor]:
+    return [
+        inputs.tensor((1, heads, length, 64), torch.bfloat16, device, seed=i, layout=layout)
+        for i, heads in enumerate((4, 2, 2))
+    ]
+
+
+def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a small call of the op."""
+    if name == "block_pool":
+        return (qkv(device)[0], 64), {}
+    if name == "select_blocks":
+        case = select_inputs(SelectCase("sample", 200, 300, q_heads=4), device)
+        return case.op_arguments(), case.settings
+    if name == "sparse_attention":
+        attention = attention_inputs(
+            AttentionCase("sample", 200, 300, q_heads=4, layout="packed_qkv"),
+            torch.bfloat16,
+            device,
+        )
+        return attention.op_arguments(), attention.settings
+    return (*qkv(device), HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
+
+
+def op(name: str) -> Any:
+    return getattr(torch.ops.prism, name).default
+
+
+def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def assert_same(got: Any, want: Any) -> None:
+    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, device: str) -> None:
+    arguments, options = sample(name, device)
+    torch.library.opcheck(op(name), arguments, options)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_opcheck_of_inputs_that_require_grad(name: str, device: str) -> None:
+    arguments, options = sample(name, device)
+    arguments = tuple(
+        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    )
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op(name), arguments, options, test_utils=checks)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> None:
+    arguments, options = sample(name, device)
+    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    for meta, a in zip(metas, arguments, strict=True):
+        assert not isinstance(a, torch.Tensor) or meta.stride() == torch.empty_like(a).stride()
+    for fake, real in zip(
+        as_tuple(op(name)(*metas, **options)), as_tuple(op(name)(*arguments, **options)),
+        strict=True,
+    ):  # fmt: skip
+        assert fake.device.type == "meta"
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+        assert fake.stride() == real.stride()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors_of_zero_length(name: str) -> None:
+    q, k = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 0, 64, device="meta")
+    bits = torch.empty(2, 4, 0, 0, device="meta", dtype=torch.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
+        "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
+        "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
+        "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
+    }
+    for result in as_tuple(calls[name]()):
+        assert result.shape[:3] == (2, 4, 0)
+
+
+def _prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.ops.prism.prefill(q, k, v, HIGH, LOW, 0.9, q_block_size=64, k_block_size=64)
+
+
+def _chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    q = q * 1.5
+    bits, counts = torch.ops.prism.select_blocks(
+        torch.ops.prism.block_pool(q, 64), torch.ops.prism.block_pool(k, 64),
+        q.shape[2], k.shape[2], HIGH, LOW, 0.9, q_block_size=64, k_block_size=64,
+    )  # fmt: skip
+    out, lse = torch.ops.prism.sparse_attention(
+        q, k, v, bits, counts, q_block_size=64, k_block_size=64
+    )
+    return out, lse, bits, counts
+
+
+@pytest.mark.parametrize("function", [_prefill, _chain], ids=["prefill", "chain"])
+def test_compiled_once_for_all_lengths_equals_eager(
+    function: Callable[..., Any], device: str
+) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    for length in (200, 333, 128, 70):
+        tensors = qkv(device, length)
+        assert_same(compiled(*tensors), function(*tensors))
+    assert counter.frame_count == 1
+
+
+def test_inductor_equals_eager(device: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(_prefill, fullgraph=True)
+    tensors = qkv(device)
+    assert_same(compiled(*tensors), _prefill(*tensors))
+
+
+def test_exported_program_equals_eager_at_another_length(device: str) -> None:
+    class Attention(torch.nn.Module):
+        def forward(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, ...]:
+            return _chain(q, k, v)
+
+    program = torch.export.export(
+        Attention(), tuple(qkv(device, 200)), dynamic_shapes=[{2: torch.export.Dim.AUTO}] * 3
+    )
+    tensors = qkv(device, 333)
+    assert_same(program.module()(*tensors), _chain(*tensors))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {f"prism.{name}.default" for name in OPS[:3]} <= called
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_backward_says_that_there_is_none(name: str, device: str) -> None:
+    arguments, options = sample(name, device)
+    first = arguments[0].detach().clone().requires_grad_()
+    out = as_tuple(op(name)(first, *arguments[1:], **options))[0]
+    assert out.requires_grad
+    with pytest.raises((RuntimeError, NotImplementedError), match=f"(?i){name}.*(backward|infer)"):
+        out.sum().backward()
+
+
+def test_masks_do_not_require_grad(device: str) -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(device))
+    *_, bits, counts = torch.ops.prism.prefill(
+        q, k, v, HIGH, LOW, 0.9, q_block_size=64, k_block_size=64
+    )
+    assert not bits.requires_grad
+    assert not counts.requires_grad
+
+
+def test_inference_mode_equals_grad_mode(device: str) -> None:
+    tensors = qkv(device)
+    with torch.inference_mode():
+        quiet = _prefill(*tensors)
+    assert_same(quiet, _prefill(*tensors))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_op_claims_to_mutate_or_alias(name: str) -> None:
+    schema = op(name)._schema
+    assert not schema.is_mutable
+    assert all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
+def test_attention_kernel_names_a_kernel_or_the_reason() -> None:
+    def named(sm: int, dtype: torch.dtype, *shape: int) -> str:
+        return torch.ops.prism.attention_kernel(sm, dtype, *shape)
+
+    for sm in (80, 86, 89, 90, 100, 120):
+        for blocks in ((128, 128), (64, 64), (128, 64)):
+            assert named(sm, torch.bfloat16, 128, *blocks).startswith("sm")
+            assert named(sm, torch.float16, 64, *blocks).startswith("sm")
+    for wrong in (
+        (75, torch.bfloat16, 128, 128, 128),
+        (80, torch.float32, 128, 128, 128),
+        (80, torch.bfloat16, 96, 128, 128),
+        (80, torch.bfloat16, 128, 64, 128),
+    ):
+        assert named(*wrong).startswith("unsupported: ")
+
+
+def test_build_config_names_version_and_targets() -> None:
+    config = json.loads(torch.ops.prism.build_config())
+    assert {"version", "cuda", "archs", "git", "torch_target", "cutlass"} <= config.keys()
+    assert isinstance(config["archs"], list)
+    assert (config["cuda"] is None) == (config["archs"] == [])

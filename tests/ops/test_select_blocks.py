@@ -1,0 +1,249 @@
+"""prism::select_blocks against a float64 sort; only near ties at the threshold may differ."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import inputs, oracle
+from helpers.build import SelectInputs, select_inputs
+from helpers.cases import B64, B128, B128_64, SELECT_GROUPS, SelectCase
+from helpers.compare import check_selection
+from helpers.params import case_params, needs_cuda
+from helpers.poison import poisoned_allocations
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prism_cuda  # noqa: F401  registers the ops
+
+SANITIZER_CASES = (
+    "regular-b64_d64",
+    "regular-b128_d128",
+    "regular-past_one_word",
+    "regular-bidirectional",
+    "ragged-b128_64_odd",
+    "gqa-ratio_3",
+    "prefix-offset_37",
+    "q_longer-by_37",
+    "tiny-one_token",
+    "settings-sink_3_recent_4",
+    "settings-p_1",
+)
+
+
+def run(case: SelectInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    with poisoned_allocations():
+        return torch.ops.prism.select_blocks(*case.op_arguments(), **case.settings)
+
+
+def kept(case: SelectInputs) -> torch.Tensor:
+    """The op's mask as (B, Hq, Nq, Nk) bool, its storage checked."""
+    bits, counts = run(case)
+    k_blocks = case.k_means.shape[2]
+    assert bits.dtype == counts.dtype == torch.int32
+    assert bits.is_contiguous()
+    assert counts.is_contiguous()
+    assert bits.shape == (*case.q_means.shape[:3], oracle.ceil_div(k_blocks, 32))
+    assert counts.shape == case.q_means.shape[:3]
+    every_bit = oracle.unpack_bits(bits, 32 * bits.shape[-1])
+    assert not every_bit[..., k_blocks:].any(), "bits set beyond the last key block"
+    assert torch.equal(every_bit.sum(-1).int(), counts)
+    return every_bit[..., :k_blocks]
+
+
+def expected(case: SelectInputs) -> oracle.Selection:
+    return oracle.select(*case.op_arguments(), **case.settings)
+
+
+def flat_case(q_blocks: int, device: str, **changes: object) -> SelectInputs:
+    """All logits equal: every visible block of a row has the same probability."""
+    case = select_inputs(SelectCase("flat", 64 * q_blocks, 64 * q_blocks), device)
+    case.q_means = torch.zeros_like(case.q_means)
+    case.settings |= {"keep_sink": 0, "keep_recent": 0} | changes
+    return case
+
+
+@pytest.mark.parametrize("case", case_params(SELECT_GROUPS, SANITIZER_CASES))
+def test_matches_float64_but_for_near_ties(case: SelectCase, device: str) -> None:
+    made = select_inputs(case, device)
+    check_selection(kept(made), expected(made))
+
+
+@pytest.mark.parametrize("group", ["regular", "ragged", "gqa"])
+def test_cases_keep_some_and_drop_some(group: str) -> None:
+    for case in SELECT_GROUPS[group]:
+        want = expected(select_inputs(case, "cpu"))
+        shown = want.keep[..., want.visible].double().mean()
+        assert 0.05 < shown < 0.95, case.name
+        assert want.near_tie.double().mean() < 0.003, case.name
+
+
+def test_ties_keep_the_lower_blocks(device: str) -> None:
+    top_p = 0.503  # no n <= 70 has a multiple of 1/n here
+    case = flat_case(70, device)
+    case.top_p = top_p
+    row = torch.arange(70)
+    count = torch.ceil(top_p * (row + 1))
+    want = row[None, :] < count[:, None]
+    assert torch.equal(kept(case).cpu(), want.expand(1, 2, 70, 70))
+
+
+def test_of_two_equal_key_blocks_the_lower_goes_first(device: str) -> None:
+    case = select_inputs(SelectCase("pairs", 2560, 2560, keep_sink=0, keep_recent=0), device)
+    case.k_means[:, :, 1::2] = case.k_means[:, :, 0::2]
+    case.settings["causal"] = False
+    lower, upper = kept(case).unflatten(-1, (-1, 2)).unbind(-1)
+    assert not (upper & ~lower).any()
+    assert (lower & ~upper).any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["q_means", "k_means"])
+def test_undefined_probabilities_keep_every_visible_block(
+    device: str, where: str, value: float
+) -> None:
+    case = select_inputs(SelectCase("nan", 1280, 1280, q_heads=4, kv_heads=2), device)
+    getattr(case, where)[0, 0, 3, 1] = value
+    keep, want = kept(case), expected(case)
+    hit = [0] if where == "q_means" else [0, 1]
+    assert torch.equal(keep[0, hit], want.visible.expand_as(keep[0, hit]))
+    assert not torch.equal(keep[0, 3], want.visible)
+    check_selection(keep, want)
+
+
+def test_p_1_keeps_every_visible_block(device: str) -> None:
+    case = select_inputs(SelectCase("all", 700, 900, top_p=1.0, keep_sink=0), device)
+    case.k_means[0, 0, 2] *= 1e4  # other probabilities underflow to 0
+    keep = kept(case)
+    assert torch.equal(keep, expected(case).visible.expand_as(keep))
+
+
+def test_p_0_keeps_only_sink_and_recent(device: str) -> None:
+    case = select_inputs(
+        SelectCase("none", 700, 900, top_p=0.0, keep_sink=2, keep_recent=2), device
+    )
+    keep = kept(case)
+    assert torch.equal(keep, expected(case).forced.expand_as(keep))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 30, 64, 100, 128])
+@pytest.mark.parametrize("blocks", [B64, B128, B128_64])
+def test_own_blocks_are_kept_token_exactly(
+    device: str, blocks: tuple[int, int], offset: int
+) -> None:
+    q_len = 401
+    case = select_inputs(
+        SelectCase("own", q_len, q_len + offset, top_p=0.0, keep_sink=0, blocks=blocks), device
+    )
+    keep = kept(case)[0, 0].cpu()
+    for row in range(keep.shape[0]):
+        first = row * blocks[0] + offset
+        last = min((row + 1) * blocks[0], q_len) - 1 + offset
+        own = range(first // blocks[1], last // blocks[1] + 1)
+        assert keep[row].nonzero().flatten().tolist() == list(own)
+
+
+def test_calibration_undoes_a_rescaling_of_one_band(device: str) -> None:
+    case = select_inputs(SelectCase("scale", 1280, 1280, high=16, low=32), device)
+    high, low = set(oracle.band_dims(case.high_band)), set(oracle.band_dims(case.low_band))
+    assert not high & low
+    before = expected(case)
+    case.q_means[..., sorted(high)] *= 0.25
+    want = expected(case)
+    assert not torch.equal(before.keep, want.keep)
+    check_selection(kept(case), want)
+
+
+@pytest.mark.parametrize("scale", [0.1, 30.0, 1e4])
+def test_extreme_magnitudes_match_float64(device: str, scale: float) -> None:
+    case = select_inputs(SelectCase("magnitude", 1280, 1280), device)
+    case.q_means *= scale
+    case.k_means *= scale
+    check_selection(kept(case), expected(case))
+
+
+def test_outlier_block_matches_float64(device: str) -> None:
+    case = select_inputs(SelectCase("outlier", 1280, 1280), device)
+    case.k_means[0, 1, 4] *= 300.0
+    check_selection(kept(case), expected(case))
+
+
+def test_strided_means_are_bit_identical(device: str) -> None:
+    case = select_inputs(SelectCase("strided", 1280, 1280, batch=2, q_heads=4), device)
+    want = run(case)
+    q_means, k_means = case.q_means, case.k_means
+    for layout in inputs.LAYOUTS:
+        case.q_means = inputs.lay_out(q_means, layout, device)
+        case.k_means = inputs.lay_out(k_means, layout, device)
+        for got, was in zip(run(case), want, strict=True):
+            assert torch.equal(got, was), layout
+
+
+def test_repeats_are_bit_identical(device: str) -> None:
+    case = select_inputs(SelectCase("repeat", 2000, 2000, q_heads=4), device)
+    first = run(case)
+    for _ in range(3):
+        for got, want in zip(run(case), first, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_heads_do_not_influence_each_other(device: str) -> None:
+    case = select_inputs(SelectCase("heads", 1280, 1280, batch=2, q_heads=4), device)
+    together = kept(case)
+    case.q_means, case.k_means = case.q_means[1:, 2:3], case.k_means[1:, 1:]
+    assert torch.equal(kept(case), together[1:, 2:3])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    q_len=st.integers(0, 700),
+    k_len=st.integers(0, 3000),
+    blocks=st.sampled_from([B64, B128, B128_64]),
+    head_dim=st.sampled_from([64, 128]),
+    high=st.sampled_from([None, 32, 64]),
+    low=st.sampled_from([32, 48, 64]),
+    top_p=st.floats(0, 1),
+    keep_sink=st.integers(0, 3),
+    keep_recent=st.integers(0, 3),
+    causal=st.booleans(),
+)
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_any_setting_matches_float64(
+    on: str,
+    q_len: int,
+    k_len: int,
+    blocks: tuple[int, int],
+    head_dim: int,
+    high: int | None,
+    low: int,
+    top_p: float,
+    keep_sink: int,
+    keep_recent: int,
+    causal: bool,
+) -> None:
+    if on == "cuda":
+        needs_cuda()
+    case = SelectCase(
+        "drawn", q_len, k_len, kv_heads=1, head_dim=head_dim, blocks=blocks, causal=causal,
+        high=high, low=low, top_p=top_p, keep_sink=keep_sink, keep_recent=keep_recent,
+    )  # fmt: skip
+    made = select_inputs(case, on)
+    check_selection(kept(made), expected(made))
+
+
+@pytest.mark.parametrize(
+    ("blocks_per_row", "causal"), [(1024, True), (2048, True), (8192, True), (1024, False)]
+)
+def test_many_key_blocks_match_float64(cuda: str, blocks_per_row: int, causal: bool) -> None:
+    generator = torch.Generator(cuda).manual_seed(3)
+    q_means = torch.randn(1, 4, 40, 128, device=cuda, generator=generator)
+    k_means = torch.randn(1, 2, blocks_per_row, 128, device=cuda, generator=generator)
+    high_band, low_band = oracle.half_split_bands(128, 64, 96)
+    case = SelectInputs(
+        q_means, k_means, 40 * 128, blocks_per_row * 128, high_band, low_band, 0.9,
+        {"causal": causal},
+    )  # fmt: skip
+    keep, want = kept(case), expected(case)
+    assert 0.05 < want.keep[..., want.visible].double().mean() < 0.95
+    check_selection(keep, want)

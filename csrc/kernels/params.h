@@ -70,6 +70,7 @@ struct SparseAttentionParams {
   float* lse;             // (batch, q_heads, q_len), contiguous, natural logarithm
   const uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   const int32_t* counts;  // (batch, q_heads, q_blocks), contiguous; set bits of each row
+  int32_t* tile_counter;  // workspace of one element, for kernels that draw their tiles from it
   int64_t batch;
   int q_heads;
   int kv_heads;

@@ -24,8 +24,8 @@ PYBIND11_MODULE(_introspect, m) {
       .def_readonly("error", &prism::KernelInfo::error,
                     "Why the runtime gave no answer; empty where it did.")
       .def("__repr__", [](const prism::KernelInfo& kernel) {
-        return "<KernelInfo " + kernel.name +
-               (kernel.error.empty() ? "" : ": " + kernel.error) + ">";
+        return "<KernelInfo " + kernel.name + (kernel.error.empty() ? "" : ": " + kernel.error) +
+               ">";
       });
   m.def("list_kernels", &prism::list_kernels,
         "Every kernel of the library, a KernelInfo each; needs no GPU, says so where there is "

@@ -40,7 +40,12 @@ std::string shape_string(const Tensor& tensor) {
   return list_string(sizes.data(), sizes.size());
 }
 
+void check_defined(const char* op, const char* name, const Tensor& tensor) {
+  PRISM_CHECK(tensor.defined(), op, name, " is None; expected a tensor");
+}
+
 void check_activation(const char* op, const char* name, const Tensor& tensor) {
+  check_defined(op, name, tensor);
   PRISM_CHECK(tensor.is_cpu() || tensor.is_cuda(), op, name, " is on ", device_string(tensor),
               "; allowed: cpu, cuda");
   const ScalarType dtype = tensor.scalar_type();
@@ -60,6 +65,7 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
                        const char* other_name, const Tensor& other) {
+  check_defined(op, name, tensor);
   const bool same = tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
                     (tensor.is_cpu() || tensor.get_device_index() == other.get_device_index());
   PRISM_CHECK(same, op, name, " is on ", device_string(tensor), " but ", other_name, " is on ",

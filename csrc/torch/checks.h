@@ -49,6 +49,9 @@ void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
 void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* kv_name,
                int64_t kv_heads);
 
+// Refuses None, which the stable ABI lets through as an undefined tensor.
+void check_defined(const char* op, const char* name, const Tensor& tensor);
+
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
                        const char* other_name, const Tensor& other);
 

@@ -38,7 +38,11 @@ DType kernel_dtype(const Tensor& tensor) {
 }
 
 TensorView view(const Tensor& tensor) {
-  return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+  // The stride of a dimension of size 1 means nothing, but would decide about alignment.
+  const auto stride = [&](int64_t dim) {
+    return tensor.size(dim) > 1 ? tensor.stride(dim) : tensor.size(3);
+  };
+  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
 }
 
 }  // namespace prism

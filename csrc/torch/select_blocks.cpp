@@ -17,6 +17,7 @@ constexpr const char* kOp = "select_blocks";
 
 void check_means(const char* name, const Tensor& means, const char* length_name, int64_t length,
                  const char* block_size_name, int64_t block_size) {
+  check_defined(kOp, name, means);
   PRISM_CHECK(means.is_cpu() || means.is_cuda(), kOp, name,
               " is on an unsupported device; allowed: cpu, cuda");
   PRISM_CHECK(means.scalar_type() == ScalarType::Float, kOp, name, " has dtype ",

@@ -23,9 +23,6 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
                                                  int64_t q_block_size, int64_t k_block_size) {
   const CudaContext context(kOp, q);
   const NvtxRange range("prism.attention");
-  const AttentionChoice choice =
-      choose_attention_kernel(context.sm(), q.size(3), q_block_size, k_block_size);
-  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, kOp, choice.name);
   Tensor out = torch::stable::empty_like(q);
   Tensor lse =
       torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
@@ -48,6 +45,13 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
   params.scale = static_cast<float>(scale);
   params.causal = causal;
   params.dtype = kernel_dtype(q);
+  const AttentionChoice choice = choose_attention_kernel(params, context.sm());
+  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, kOp, choice.name);
+  std::optional<Tensor> tile_counter;  // kept until the launch; the allocator orders its reuse
+  if (choice.kernel == AttentionKernel::kSm90) {
+    tile_counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    params.tile_counter = static_cast<int32_t*>(tile_counter->data_ptr());
+  }
   context.check(launch_sparse_attention(params, context.sm(), context.stream()));
   return {out, lse};
 }
@@ -89,7 +93,14 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     return "unsupported: dtype must be BFloat16 or Half";
   }
-  return choose_attention_kernel(static_cast<int>(sm), head_dim, q_block_size, k_block_size).name;
+#ifdef PRISM_WITH_CUDA
+  const bool has_sm90 = has_sm90_kernels();
+#else
+  const bool has_sm90 = false;
+#endif
+  return choose_attention_kernel(
+             {static_cast<int>(sm), head_dim, q_block_size, k_block_size, has_sm90, /*tma=*/true})
+      .name;
 }
 
 }  // namespace prism

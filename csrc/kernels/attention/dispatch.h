@@ -5,11 +5,23 @@
 
 namespace prism {
 
-enum class AttentionKernel { kUnsupported, kSm80 };
+// kSm90: TMA + wgmma, for Hopper. kSm80: cp.async + mma.sync, for every other GPU from Ampere on.
+enum class AttentionKernel { kUnsupported, kSm80, kSm90 };
 
 struct AttentionChoice {
   AttentionKernel kernel;
-  const char* name;  // "sm80", or "unsupported: <reason>"
+  const char* name;  // "sm80", "sm90" or "unsupported: <reason>"
+};
+
+// What the choice depends on. `has_sm90` says that the build contains sm_90a code; `tma` that
+// q, k and v can be described to the tensor memory accelerator.
+struct AttentionTraits {
+  int sm;  // compute capability, 10 * major + minor
+  int64_t head_dim;
+  int64_t q_block_size;
+  int64_t k_block_size;
+  bool has_sm90;
+  bool tma;
 };
 
 constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size) {
@@ -19,18 +31,26 @@ constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size)
 
 constexpr bool head_dim_supported(int64_t head_dim) { return head_dim == 64 || head_dim == 128; }
 
-constexpr AttentionChoice choose_attention_kernel(int sm, int64_t head_dim, int64_t q_block_size,
-                                                  int64_t k_block_size) {
-  if (sm < 80) {
+// One TMA descriptor covers (rows, head_dim, heads, batch): 16-byte aligned strides and start.
+inline bool tma_compatible(const TensorView& x) {
+  const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
+  return strides % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride > 0;
+}
+
+constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits) {
+  if (traits.sm < 80) {
     return {AttentionKernel::kUnsupported,
             "unsupported: the GPU's compute capability is under 8.0"};
   }
-  if (!head_dim_supported(head_dim)) {
+  if (!head_dim_supported(traits.head_dim)) {
     return {AttentionKernel::kUnsupported, "unsupported: head_dim must be 64 or 128"};
   }
-  if (!block_sizes_supported(q_block_size, k_block_size)) {
+  if (!block_sizes_supported(traits.q_block_size, traits.k_block_size)) {
     return {AttentionKernel::kUnsupported,
             "unsupported: (q_block_size, k_block_size) must be (128, 128), (128, 64) or (64, 64)"};
+  }
+  if (traits.sm == 90 && traits.has_sm90 && traits.tma && traits.q_block_size == 128) {
+    return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};
 }

@@ -1,4 +1,4 @@
-// Online softmax over accumulator fragments of mma.sync m16n8, viewed as (row, column).
+// Online softmax over accumulator fragments of mma.sync and wgmma, viewed as (row, column).
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -21,6 +21,23 @@ __device__ auto as_a_operand(Layout layout) {
   const auto split = logical_divide(layout, Shape<Underscore, Underscore, _2>{});
   return make_layout(make_layout(get<0>(split), get<2, 0>(split)), get<1>(split),
                      get<2, 1>(split));
+}
+
+// The same for wgmma: ((2, 2, N / 8), M, 1) accumulators as (rows = (2, M), columns = (2, N / 8)).
+template <typename Layout>
+__device__ auto wgmma_rows_and_columns(Layout layout) {
+  using namespace cute;
+  return make_layout(make_layout(get<0, 1>(layout), get<1>(layout)),
+                     make_layout(get<0, 0>(layout), get<0, 2>(layout), get<2>(layout)));
+}
+
+// ((2, 2, N / 8), M, 1) accumulators as wgmma's A operand in registers: ((2, 2, 2), M, N / 16).
+template <typename Layout>
+__device__ auto wgmma_a_operand(Layout layout) {
+  using namespace cute;
+  const auto split = logical_divide(get<0>(layout), Shape<Underscore, Underscore, _2>{});
+  return make_layout(make_layout(get<0>(split), get<1>(split), get<2, 0>(split)), get<1>(layout),
+                     make_layout(get<2, 1>(split), get<2>(layout)));
 }
 
 // Four neighbouring threads hold one row.
@@ -49,12 +66,12 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into exp(scale * (score - maximum)) in place and rescales the output so far.
-  template <typename Scores, typename Output>
-  __device__ void update(Scores& scores, Output& output) {
+  // Turns scores into exp(scale * (score - maximum)) in place. What was accumulated before has to
+  // be multiplied by `correction`; true if any row of the warp changes by that.
+  template <typename Scores>
+  __device__ bool update(Scores& scores, float (&correction)[kRows]) {
     using namespace cute;
-    float correction[kRows];
-    bool rescale = false;
+    bool changed = false;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
       float tile_max = scores(row, 0);
@@ -67,7 +84,7 @@ struct OnlineSoftmax {
       // A row that has seen nothing yet must not compute -inf - -inf.
       const float base = maximum[row] == -INFINITY ? 0.f : maximum[row] * scale_log2;
       correction[row] = exp2f(previous * scale_log2 - base);
-      rescale |= correction[row] != 1.f;
+      changed |= correction[row] != 1.f;
       float tile_sum = 0.f;
 #pragma unroll
       for (int column = 0; column < size<1>(scores); ++column) {
@@ -77,14 +94,17 @@ struct OnlineSoftmax {
       }
       sum[row] = sum[row] * correction[row] + tile_sum;
     }
-    // Maxima settle after a few tiles: then a vote is cheaper than the multiplications.
-    if (__any_sync(0xffffffffu, rescale)) {
+    return __any_sync(0xffffffffu, changed);
+  }
+
+  template <typename Output>
+  __device__ static void rescale(Output& output, const float (&correction)[kRows]) {
+    using namespace cute;
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-        for (int column = 0; column < size<1>(output); ++column) {
-          output(row, column) *= correction[row];
-        }
+      for (int column = 0; column < size<1>(output); ++column) {
+        output(row, column) *= correction[row];
       }
     }
   }

@@ -2,8 +2,8 @@
 
 #include <cutlass/numeric_types.h>
 
-#include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm80/kernel.h"
+#include "kernels/attention/sm90/kernel.h"
 #include "kernels/describe.h"
 
 namespace prism {
@@ -11,45 +11,72 @@ namespace prism {
 namespace {
 
 template <typename Element, int kHeadDim>
-cudaError_t launch_sm80(const SparseAttentionParams& params, cudaStream_t stream) {
-  return params.q_block_size == 64
-             ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
-             : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
+cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams& params,
+                            cudaStream_t stream) {
+  if (kernel == AttentionKernel::kSm90) {
+    return params.k_block_size == 64 ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
+                                     : sm90::launch_attention<Element, kHeadDim, 128>(params,
+                                                                                      stream);
+  }
+  return params.q_block_size == 64 ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
+                                   : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
 }
 
 template <typename Element>
-cudaError_t launch_sm80(const SparseAttentionParams& params, cudaStream_t stream) {
-  return params.head_dim == 64 ? launch_sm80<Element, 64>(params, stream)
-                               : launch_sm80<Element, 128>(params, stream);
+cudaError_t launch_dtype(AttentionKernel kernel, const SparseAttentionParams& params,
+                         cudaStream_t stream) {
+  return params.head_dim == 64 ? launch_head_dim<Element, 64>(kernel, params, stream)
+                               : launch_head_dim<Element, 128>(kernel, params, stream);
 }
 
 template <typename Element>
-void describe_sm80(std::vector<KernelInfo>& kernels) {
+void describe_dtype(std::vector<KernelInfo>& kernels) {
   sm80::describe_attention<Element, 64, 64>(kernels);
   sm80::describe_attention<Element, 64, 128>(kernels);
   sm80::describe_attention<Element, 128, 64>(kernels);
   sm80::describe_attention<Element, 128, 128>(kernels);
+  if (has_sm90_kernels()) {
+    sm90::describe_attention<Element, 64, 64>(kernels);
+    sm90::describe_attention<Element, 64, 128>(kernels);
+    sm90::describe_attention<Element, 128, 64>(kernels);
+    sm90::describe_attention<Element, 128, 128>(kernels);
+  }
 }
 
 }  // namespace
 
+bool has_sm90_kernels() {
+#ifdef PRISM_HAS_SM90A
+  return true;
+#else
+  return false;
+#endif
+}
+
+AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm) {
+  const bool tma = params.k_len > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
+                   tma_compatible(params.v);
+  return choose_attention_kernel({sm, params.head_dim, params.q_block_size, params.k_block_size,
+                                  has_sm90_kernels(), tma});
+}
+
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,
                                     cudaStream_t stream) {
-  const AttentionChoice choice = choose_attention_kernel(sm, params.head_dim, params.q_block_size,
-                                                         params.k_block_size);
-  switch (choice.kernel) {
-    case AttentionKernel::kSm80:
-      return params.dtype == DType::kFloat16 ? launch_sm80<cutlass::half_t>(params, stream)
-                                             : launch_sm80<cutlass::bfloat16_t>(params, stream);
-    case AttentionKernel::kUnsupported:
-      break;
+  const AttentionChoice choice = choose_attention_kernel(params, sm);
+  if (choice.kernel == AttentionKernel::kUnsupported) {
+    return cudaErrorNotSupported;
   }
-  return cudaErrorNotSupported;
+  if (params.batch == 0 || params.q_heads == 0 || params.q_len == 0) {
+    return cudaSuccess;
+  }
+  return params.dtype == DType::kFloat16
+             ? launch_dtype<cutlass::half_t>(choice.kernel, params, stream)
+             : launch_dtype<cutlass::bfloat16_t>(choice.kernel, params, stream);
 }
 
 void describe_sparse_attention(std::vector<KernelInfo>& kernels) {
-  describe_sm80<cutlass::bfloat16_t>(kernels);
-  describe_sm80<cutlass::half_t>(kernels);
+  describe_dtype<cutlass::bfloat16_t>(kernels);
+  describe_dtype<cutlass::half_t>(kernels);
 }
 
 }  // namespace prism

@@ -2,12 +2,19 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/attention/dispatch.h"
 #include "kernels/params.h"
 
 namespace prism {
 
-// Block-sparse attention on the kernel that `choose_attention_kernel` names for GPUs of compute
-// capability `sm` (10 * major + minor); cudaErrorNotSupported where it names none.
+// Whether the Hopper kernel was compiled for sm_90a.
+bool has_sm90_kernels();
+
+// The kernel for this call on a GPU of compute capability `sm` (10 * major + minor).
+AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm);
+
+// Block-sparse attention on the kernel that `choose_attention_kernel` names;
+// cudaErrorNotSupported where it names none.
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,
                                     cudaStream_t stream);
 

@@ -56,12 +56,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// RMS(X_z) / max(RMS(X), 1e-6) of one head. Left out of both: the factor 1 / sqrt(blocks).
+// max(x, 1e-6), but NaN stays NaN: fmaxf would drop it, and with it the mark of an undefined row.
+__device__ inline float at_least_epsilon(float x) { return x < 1e-6f ? 1e-6f : x; }
+
+// RMS(X_z) / max(RMS(X), 1e-6) of one head.
 __device__ inline float relative_rms(float band_energy, float total_energy, float blocks,
                                      int band_size, int head_dim) {
   const float band_rms = sqrtf(band_energy / (blocks * static_cast<float>(band_size)));
   const float total_rms = sqrtf(total_energy / (blocks * static_cast<float>(head_dim)));
-  return band_rms / fmaxf(total_rms, 1e-6f);
+  return band_rms / at_least_epsilon(total_rms);
 }
 
 }  // namespace prism

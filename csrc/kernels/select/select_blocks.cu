@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                      static_cast<float>(params.q_blocks), band.size, kHeadDim) *
         relative_rms(k_energy[energy], k_energy[kTotalEnergy],
                      static_cast<float>(params.k_blocks), band.size, kHeadDim);
-    const float scale = 1.f / (sqrtf(static_cast<float>(band.size)) * fmaxf(tau, 1e-6f));
+    const float scale = 1.f / (sqrtf(static_cast<float>(band.size)) * at_least_epsilon(tau));
     __syncthreads();  // the previous band's scores and queries are done with
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kThreads) {
       const int64_t q_block = min(first_row + i / kHeadDim, params.q_blocks - 1);

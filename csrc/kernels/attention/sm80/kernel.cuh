@@ -8,9 +8,11 @@
 #include <string>
 
 #include "kernels/attention/block_iterator.h"
+#include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm80/config.h"
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/softmax.cuh"
+#include "kernels/attention/tile_coord.h"
 #include "kernels/describe.h"
 
 namespace prism::sm80 {
@@ -20,27 +22,6 @@ using namespace cute;
 constexpr int kVector = 8;       // elements of one 16-byte chunk
 constexpr int kAtomColumns = 64;  // elements of one swizzled shared-memory row
 constexpr int kRowThreads = kAtomColumns / kVector;
-
-// Which (batch, head, query block) a CTA computes. Query heads of one KV head are neighbours and
-// share its K and V in L2; the longest rows of a causal mask start first.
-struct TileCoord {
-  int64_t batch;
-  int q_head;
-  int kv_head;
-  int q_block;
-
-  __device__ TileCoord(const SparseAttentionParams& params, int q_blocks) {
-    const int group = params.q_heads / params.kv_heads;
-    int64_t index = blockIdx.x;
-    const int in_group = static_cast<int>(index % group);
-    index /= group;
-    q_block = q_blocks - 1 - static_cast<int>(index % q_blocks);
-    index /= q_blocks;
-    kv_head = static_cast<int>(index % params.kv_heads);
-    batch = index / params.kv_heads;
-    q_head = kv_head * group + in_group;
-  }
-};
 
 // A thread's share of the copies between kRows global rows and a swizzled shared tile: chunk
 // `threadIdx.x % 8` of every 128-byte segment, of the rows threadIdx.x / 8 + i * kRowStep.
@@ -115,17 +96,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
   const int q_blocks = (params.q_len + kTileM - 1) / kTileM;
   const int k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
-  const TileCoord tile(params, q_blocks);
-  const int first_row = tile.q_block * kTileM;
-  const int rows_valid = min(kTileM, params.q_len - first_row);
-  // Token position of the tile's first query, and the first key no query of the tile may see.
-  const int first_position = first_row + params.k_len - params.q_len;
-  const int k_end =
-      params.causal ? max(min(first_position + rows_valid, params.k_len), 0) : params.k_len;
+  const TileCoord tile(params, blockIdx.x, q_blocks);
+  const TileRows rows(params, tile.q_block, kTileM);
 
   const Element* q = static_cast<const Element*>(params.q.data) +
                      tile.batch * params.q.batch_stride + tile.q_head * params.q.head_stride +
-                     first_row * params.q.row_stride;
+                     rows.first * params.q.row_stride;
   const Element* k = static_cast<const Element*>(params.k.data) +
                      tile.batch * params.k.batch_stride + tile.kv_head * params.k.head_stride;
   const Element* v = static_cast<const Element*>(params.v.data) +
@@ -133,7 +109,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const int64_t head_index = tile.batch * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
       params.bits + (head_index * q_blocks + tile.q_block) * ((k_blocks + 31) / 32);
-  BlockIterator kept(mask_row, params.k_block_size / kTileN, (k_end + kTileN - 1) / kTileN);
+  BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
 
   extern __shared__ uint128_t smem[];
   Element* smem_q = reinterpret_cast<Element*>(smem);
@@ -167,7 +143,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
   int n = kept.next();
   if (n >= 0) {
-    RowCopy<Config>::load(q, params.q.row_stride, rows_valid, aligned, sQ);
+    RowCopy<Config>::load(q, params.q.row_stride, rows.valid, aligned, sQ);
     auto sK = make_tensor(make_smem_ptr(smem_k), typename Config::SmemLayoutKV{});
     RowCopy<Config>::load(k + static_cast<int64_t>(n) * kTileN * params.k.row_stride,
                           params.k.row_stride, params.k_len - n * kTileN, aligned, sK);
@@ -212,13 +188,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
     const int first_key = n * kTileN;
-    const bool crosses_diagonal = params.causal && first_key + kTileN - 1 > first_position;
-    if (crosses_diagonal || first_key + kTileN > params.k_len) {
+    if (rows.needs_mask(params, first_key, kTileN)) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const int last_key = params.causal
-                                 ? min(first_position + row_in_tile(row), params.k_len - 1)
-                                 : params.k_len - 1;
+        const int last_key = rows.last_key(params, row_in_tile(row));
 #pragma unroll
         for (int column = 0; column < size<1>(rS_rows); ++column) {
           const int key = first_key + column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
@@ -228,7 +201,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
         }
       }
     }
-    softmax.update(rS_rows, rO_rows);
+    float correction[kRows];
+    // Maxima settle after a few tiles: then the vote is cheaper than the multiplications.
+    if (softmax.update(rS_rows, correction)) {
+      softmax.rescale(rO_rows, correction);
+    }
 
     // O += P V
     auto rP_acc = make_fragment_like<Element>(rS);
@@ -256,11 +233,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   }
 
   // Epilogue: through shared memory, where a warp reads and writes its own rows of Q only.
-  float* lse = params.lse + head_index * params.q_len + first_row;
+  float* lse = params.lse + head_index * params.q_len + rows.first;
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     const float row_lse = softmax.finish(rO_rows, row);
-    if (threadIdx.x % 4 == 0 && row_in_tile(row) < rows_valid) {
+    if (threadIdx.x % 4 == 0 && row_in_tile(row) < rows.valid) {
       lse[row_in_tile(row)] = row_lse;
     }
   }
@@ -280,13 +257,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   RowCopy<Config>::store(static_cast<Element*>(params.out.data) +
                              tile.batch * params.out.batch_stride +
                              tile.q_head * params.out.head_stride +
-                             first_row * params.out.row_stride,
-                         params.out.row_stride, rows_valid, sQ);
-}
-
-inline bool is_aligned(const TensorView& tensor) {
-  const int64_t strides = tensor.batch_stride | tensor.head_stride | tensor.row_stride;
-  return strides % kVector == 0 && reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+                             rows.first * params.out.row_stride,
+                         params.out.row_stride, rows.valid, sQ);
 }
 
 template <typename Element, int kHeadDim, int kTileM>
@@ -294,9 +266,6 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   using Config = AttentionConfig<Element, kHeadDim, kTileM>;
   const int64_t q_blocks = (static_cast<int64_t>(params.q_len) + kTileM - 1) / kTileM;
   const int64_t grid = q_blocks * params.q_heads * params.batch;
-  if (grid == 0) {
-    return cudaSuccess;
-  }
   if (grid > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidConfiguration;
   }
@@ -307,7 +276,9 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   if (error != cudaSuccess) {
     return error;
   }
-  const bool aligned = is_aligned(params.q) && is_aligned(params.k) && is_aligned(params.v);
+  // cp.async moves 16 bytes at a time, under the same conditions as TMA.
+  const bool aligned =
+      tma_compatible(params.q) && tma_compatible(params.k) && tma_compatible(params.v);
   kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(params,
                                                                                         aligned);
   return cudaGetLastError();

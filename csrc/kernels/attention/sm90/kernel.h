@@ -1,0 +1,20 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "kernels/introspect.h"
+#include "kernels/params.h"
+
+namespace prism::sm90 {
+
+// One instantiation of the Hopper kernel: 128 query rows a tile, kTileN is the key block size.
+// Instantiated under instantiations/, one file each so that they compile in parallel.
+template <typename Element, int kHeadDim, int kTileN>
+cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream);
+
+template <typename Element, int kHeadDim, int kTileN>
+void describe_attention(std::vector<KernelInfo>& kernels);
+
+}  // namespace prism::sm90

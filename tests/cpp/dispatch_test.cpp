@@ -1,0 +1,75 @@
+// Which kernel serves which call; needs no GPU.
+#include "kernels/attention/dispatch.h"
+
+#include <cstdio>
+#include <initializer_list>
+#include <string>
+
+using prism::AttentionKernel;
+using prism::choose_attention_kernel;
+
+// The choice is made at compile time as well.
+static_assert(prism::block_sizes_supported(128, 128) && prism::block_sizes_supported(64, 64) &&
+              prism::block_sizes_supported(128, 64) && !prism::block_sizes_supported(64, 128));
+static_assert(prism::head_dim_supported(64) && prism::head_dim_supported(128) &&
+              !prism::head_dim_supported(96));
+
+int main() {
+  int failures = 0;
+  const auto expect = [&](bool ok, const char* what) {
+    if (!ok) {
+      std::printf("FAILED: %s\n", what);
+      ++failures;
+    }
+  };
+  // A Hopper call that the fastest kernel serves; each case changes what it names.
+  const prism::AttentionTraits hopper = {/*sm=*/90,
+                                         /*head_dim=*/128,
+                                         /*q_block_size=*/128,
+                                         /*k_block_size=*/128,
+                                         /*has_sm90=*/true,
+                                         /*tma=*/true};
+  const auto kernel = [](const prism::AttentionTraits& traits) {
+    return std::string(choose_attention_kernel(traits).name);
+  };
+  const auto refuses = [&](const prism::AttentionTraits& traits, const char* word) {
+    const std::string name = kernel(traits);
+    return choose_attention_kernel(traits).kernel == AttentionKernel::kUnsupported &&
+           name.rfind("unsupported: ", 0) == 0 && name.find(word) != std::string::npos;
+  };
+  expect(kernel(hopper) == "sm90", "Hopper has its own kernel");
+  for (int sm : {80, 86, 89, 100, 120}) {
+    prism::AttentionTraits traits = hopper;
+    traits.sm = sm;
+    expect(kernel(traits) == "sm80", "every other GPU from 8.0 on runs the portable kernel");
+  }
+  prism::AttentionTraits traits = hopper;
+  traits.has_sm90 = false;
+  expect(kernel(traits) == "sm80", "a build without sm_90a code falls back");
+  traits = hopper;
+  traits.tma = false;
+  expect(kernel(traits) == "sm80", "tensors that TMA cannot describe fall back");
+  traits = hopper;
+  traits.q_block_size = traits.k_block_size = 64;
+  expect(kernel(traits) == "sm80", "query blocks of 64 fall back");
+  traits = hopper;
+  traits.sm = 75;
+  expect(refuses(traits, "capability"), "an old GPU is refused by its capability");
+  traits = hopper;
+  traits.head_dim = 96;
+  expect(refuses(traits, "head_dim"), "an unknown head_dim is refused by name");
+  traits = hopper;
+  traits.q_block_size = 64;
+  expect(refuses(traits, "block_size"), "unknown block sizes are refused by name");
+
+  alignas(16) static char memory[16];
+  prism::TensorView view = {memory, 1024, 512, 128};
+  expect(prism::tma_compatible(view), "aligned strides suit TMA");
+  view.row_stride = 132;
+  expect(!prism::tma_compatible(view), "rows that are not 16-byte aligned do not");
+  view.row_stride = 128;
+  view.data = memory + 2;
+  expect(!prism::tma_compatible(view), "an unaligned start does not");
+  std::printf("%s\n", failures == 0 ? "dispatch: all as expected" : "dispatch: failures");
+  return failures == 0 ? 0 : 1;
+}

@@ -33,7 +33,7 @@ tools=("$@")
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 failed=()
 for tool in "${tools[@]}"; do
-  options=(--tool "$tool" --error-exitcode 99 --target-processes application-only)
+  options=(--tool "$tool" --error-exitcode 99 --target-processes all)
   options+=(--print-limit 20)
   # Our kernels live in namespace prism. initcheck follows writes, so it has to see all kernels.
   if [[ "$tool" != initcheck && -z "${PRISM_SANITIZE_ALL_KERNELS:-}" ]]; then

@@ -27,8 +27,7 @@ void describe_kernel(std::vector<KernelInfo>& kernels, std::string name, std::st
     info.local_bytes = static_cast<int>(attributes.localSizeBytes);
     info.ptx_version = attributes.ptxVersion;
     info.binary_version = attributes.binaryVersion;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 dynamic_smem);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic_smem);
   }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&info.blocks_per_sm, kernel, threads,

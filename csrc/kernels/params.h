@@ -22,13 +22,13 @@ struct TensorView {
 };
 
 struct BlockPoolParams {
-  TensorView x;     // (batch, heads, length, head_dim), dtype
-  float* means;     // (batch, heads, ceil(length / block_size), head_dim), contiguous
+  TensorView x;  // (batch, heads, length, head_dim), dtype
+  float* means;  // (batch, heads, ceil(length / block_size), head_dim), contiguous
   int64_t batch;
   int64_t heads;
-  int64_t length;   // tokens
-  int head_dim;     // 64 or 128
-  int block_size;   // tokens
+  int64_t length;  // tokens
+  int head_dim;    // 64 or 128
+  int block_size;  // tokens
   DType dtype;
 };
 

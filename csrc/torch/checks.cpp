@@ -59,8 +59,8 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
               " (shape ", shape_string(tensor), "); allowed: 64, 128");
   PRISM_CHECK(tensor.size(2) <= kMaxLength, op, name, " has length ", tensor.size(2),
               "; allowed: at most ", kMaxLength);
-  PRISM_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, op, name,
-              " has last stride ", tensor.stride(3), "; expected 1 (head_dim elements adjacent)");
+  PRISM_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, op, name, " has last stride ",
+              tensor.stride(3), "; expected 1 (head_dim elements adjacent)");
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
@@ -74,9 +74,8 @@ void check_same_device(const char* op, const char* name, const Tensor& tensor,
 
 void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* kv_name,
                int64_t kv_heads) {
-  PRISM_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, q_name, " has ", q_heads,
-              " heads and ", kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name,
-              "'s heads");
+  PRISM_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, q_name, " has ", q_heads, " heads and ",
+              kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name, "'s heads");
 }
 
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -97,8 +96,8 @@ void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
     PRISM_CHECK(other.tensor.size(3) == q.size(3), op, other.name, " has head_dim ",
                 other.tensor.size(3), "; expected q's, ", q.size(3));
   }
-  PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ",
-              shape_string(v), "; expected k's, ", shape_string(k));
+  PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ", shape_string(v),
+              "; expected k's, ", shape_string(k));
   check_gqa(op, "q", q.size(1), "k", k.size(1));
 }
 
@@ -117,8 +116,7 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
                 int64_t head_dim) {
   const std::string shown = list_string(ranges.data(), ranges.size());
   PRISM_CHECK(ranges.size() % 2 == 0 && ranges.size() <= 2 * kMaxBandRanges, op, name, " is ",
-              shown, "; expected at most ", kMaxBandRanges,
-              " pairs of dimensions [start, end)");
+              shown, "; expected at most ", kMaxBandRanges, " pairs of dimensions [start, end)");
   Band band;
   int64_t previous_end = 0;
   for (size_t i = 0; i < ranges.size(); i += 2) {
@@ -136,17 +134,15 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
 }
 
 SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
-                               const std::vector<int64_t>& low_band, int64_t head_dim,
-                               double top_p, int64_t keep_sink, int64_t keep_recent) {
+                               const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
+                               int64_t keep_sink, int64_t keep_recent) {
   const SelectionBands bands{check_band(op, "high_band", high_band, head_dim),
                              check_band(op, "low_band", low_band, head_dim)};
   PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
               "high_band and low_band are both empty; at least one must name dimensions");
-  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p,
-              "; allowed: 0 to 1 inclusive");
+  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
   PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
-  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent,
-              "; allowed: 0 or more blocks");
+  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
   return bands;
 }
 

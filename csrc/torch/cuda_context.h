@@ -48,8 +48,9 @@ namespace prism {
 
 // For CUDA tensors in a build without CUDA.
 [[noreturn]] inline void fail_without_cuda(const char* op) {
-  fail(op, "this build has no CUDA kernels (it was made with PRISM_CPU_ONLY=1); rebuild without "
-           "that variable, or pass CPU tensors");
+  fail(op,
+       "this build has no CUDA kernels (it was made with PRISM_CPU_ONLY=1); rebuild without "
+       "that variable, or pass CPU tensors");
 }
 
 }  // namespace prism

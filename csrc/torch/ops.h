@@ -27,14 +27,10 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             std::optional<double> scale, bool causal,
                                             int64_t q_block_size, int64_t k_block_size);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(const Tensor& q, const Tensor& k,
-                                                   const Tensor& v,
-                                                   const std::vector<int64_t>& high_band,
-                                                   const std::vector<int64_t>& low_band,
-                                                   double top_p, int64_t keep_sink,
-                                                   int64_t keep_recent,
-                                                   std::optional<double> scale, bool causal,
-                                                   int64_t q_block_size, int64_t k_block_size);
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,
+    const std::vector<int64_t>& low_band, double top_p, int64_t keep_sink, int64_t keep_recent,
+    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size);
 
 // The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
 std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,

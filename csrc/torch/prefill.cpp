@@ -6,14 +6,10 @@ namespace prism {
 
 // Pool, select, attend, with nothing read back in between. The arguments are checked here first
 // so that a wrong call is refused under this op's name before the first launch.
-std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(const Tensor& q, const Tensor& k,
-                                                   const Tensor& v,
-                                                   const std::vector<int64_t>& high_band,
-                                                   const std::vector<int64_t>& low_band,
-                                                   double top_p, int64_t keep_sink,
-                                                   int64_t keep_recent,
-                                                   std::optional<double> scale, bool causal,
-                                                   int64_t q_block_size, int64_t k_block_size) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,
+    const std::vector<int64_t>& low_band, double top_p, int64_t keep_sink, int64_t keep_recent,
+    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size) {
   constexpr const char* kOp = "prefill";
   check_qkv(kOp, q, k, v);
   check_block_sizes(kOp, q_block_size, k_block_size);
@@ -27,8 +23,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(const Tensor& q, const Tensor
   const auto [bits, counts] =
       select_blocks(q_means, k_means, q.size(2), k.size(2), high_band, low_band, top_p, keep_sink,
                     keep_recent, causal, q_block_size, k_block_size);
-  const auto [out, lse] = sparse_attention(q, k, v, bits, counts, softmax_scale, causal,
-                                           q_block_size, k_block_size);
+  const auto [out, lse] =
+      sparse_attention(q, k, v, bits, counts, softmax_scale, causal, q_block_size, k_block_size);
   return {out, lse, bits, counts};
 }
 

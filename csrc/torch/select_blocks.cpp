@@ -51,8 +51,7 @@ std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tenso
   const int64_t k_blocks = k_means.size(2);
   Tensor bits = torch::stable::new_empty(
       q_means, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)}, ScalarType::Int);
-  Tensor counts =
-      torch::stable::new_empty(q_means, {batch, q_heads, q_blocks}, ScalarType::Int);
+  Tensor counts = torch::stable::new_empty(q_means, {batch, q_heads, q_blocks}, ScalarType::Int);
   Tensor energies =
       torch::stable::new_empty(q_means, {batch, q_heads + kv_heads, 3}, ScalarType::Float);
   SelectBlocksParams params;
@@ -94,13 +93,13 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
   check_means("q_means", q_means, "q_len", q_len, "q_block_size", q_block_size);
   check_means("k_means", k_means, "k_len", k_len, "k_block_size", k_block_size);
   check_same_device(kOp, "k_means", k_means, "q_means", q_means);
-  PRISM_CHECK(k_means.size(0) == q_means.size(0), kOp, "k_means has batch size ",
-              k_means.size(0), "; expected q_means', ", q_means.size(0));
+  PRISM_CHECK(k_means.size(0) == q_means.size(0), kOp, "k_means has batch size ", k_means.size(0),
+              "; expected q_means', ", q_means.size(0));
   PRISM_CHECK(k_means.size(3) == q_means.size(3), kOp, "k_means has head_dim ", k_means.size(3),
               "; expected q_means', ", q_means.size(3));
   check_gqa(kOp, "q_means", q_means.size(1), "k_means", k_means.size(1));
-  [[maybe_unused]] const SelectionBands bands = check_selection(
-      kOp, high_band, low_band, q_means.size(3), top_p, keep_sink, keep_recent);
+  [[maybe_unused]] const SelectionBands bands =
+      check_selection(kOp, high_band, low_band, q_means.size(3), top_p, keep_sink, keep_recent);
   if (q_means.is_cpu()) {
     const auto outputs =
         call_reference<2>(kOp, q_means, k_means, q_len, k_len, high_band, low_band, top_p,

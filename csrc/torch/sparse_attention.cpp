@@ -17,15 +17,14 @@ namespace {
 constexpr const char* kOp = "sparse_attention";
 
 #ifdef PRISM_WITH_CUDA
-std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& k,
-                                                 const Tensor& v, const Tensor& bits,
-                                                 const Tensor& counts, double scale, bool causal,
-                                                 int64_t q_block_size, int64_t k_block_size) {
+std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& bits, const Tensor& counts,
+                                                 double scale, bool causal, int64_t q_block_size,
+                                                 int64_t k_block_size) {
   const CudaContext context(kOp, q);
   const NvtxRange range("prism.attention");
   Tensor out = torch::stable::empty_like(q);
-  Tensor lse =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   SparseAttentionParams params;
   params.q = view(q);
   params.k = view(k);
@@ -76,8 +75,8 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
   const double softmax_scale = check_scale(kOp, scale, q.size(3));
   if (q.is_cpu()) {
     const std::optional<double> resolved = softmax_scale;
-    const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal,
-                                           q_block_size, k_block_size);
+    const auto outputs =
+        call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal, q_block_size, k_block_size);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA

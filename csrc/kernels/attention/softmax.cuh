@@ -19,8 +19,7 @@ template <typename Layout>
 __device__ auto as_a_operand(Layout layout) {
   using namespace cute;
   const auto split = logical_divide(layout, Shape<Underscore, Underscore, _2>{});
-  return make_layout(make_layout(get<0>(split), get<2, 0>(split)), get<1>(split),
-                     get<2, 1>(split));
+  return make_layout(make_layout(get<0>(split), get<2, 0>(split)), get<1>(split), get<2, 1>(split));
 }
 
 // The same for wgmma: ((2, 2, N / 8), M, 1) accumulators as (rows = (2, M), columns = (2, N / 8)).
@@ -55,8 +54,8 @@ __device__ inline float quad_sum(float x) {
 template <int kRows>
 struct OnlineSoftmax {
   float maximum[kRows];
-  float sum[kRows];   // of this thread's columns only, until finish()
-  float scale_log2;   // softmax scale * log2(e)
+  float sum[kRows];  // of this thread's columns only, until finish()
+  float scale_log2;  // softmax scale * log2(e)
 
   __device__ explicit OnlineSoftmax(float scale) : scale_log2(scale * 1.4426950408889634f) {
 #pragma unroll

@@ -14,9 +14,9 @@ template <typename Element, int kHeadDim>
 cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams& params,
                             cudaStream_t stream) {
   if (kernel == AttentionKernel::kSm90) {
-    return params.k_block_size == 64 ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
-                                     : sm90::launch_attention<Element, kHeadDim, 128>(params,
-                                                                                      stream);
+    return params.k_block_size == 64
+               ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
+               : sm90::launch_attention<Element, kHeadDim, 128>(params, stream);
   }
   return params.q_block_size == 64 ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
                                    : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
@@ -56,8 +56,8 @@ bool has_sm90_kernels() {
 AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm) {
   const bool tma = params.k_len > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
                    tma_compatible(params.v);
-  return choose_attention_kernel({sm, params.head_dim, params.q_block_size, params.k_block_size,
-                                  has_sm90_kernels(), tma});
+  return choose_attention_kernel(
+      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90_kernels(), tma});
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,

@@ -38,8 +38,7 @@ struct TileRows {
       : first(q_block * tile_m),
         valid(min(tile_m, params.q_len - first)),
         first_position(first + params.k_len - params.q_len),
-        k_end(params.causal ? max(min(first_position + valid, params.k_len), 0)
-                            : params.k_len) {}
+        k_end(params.causal ? max(min(first_position + valid, params.k_len), 0) : params.k_len) {}
 
   // Whether some row may not see some key of [first_key, first_key + keys).
   __device__ bool needs_mask(const SparseAttentionParams& params, int first_key, int keys) const {

@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int rows = static_cast<int>(min(static_cast<int64_t>(kRows), params.q_blocks - first_row));
 
   const float* queries = static_cast<const float*>(params.q_means.data) +
-                         batch * params.q_means.batch_stride +
-                         q_head * params.q_means.head_stride;
+                         batch * params.q_means.batch_stride + q_head * params.q_means.head_stride;
   const float* keys = static_cast<const float*>(params.k_means.data) +
                       batch * params.k_means.batch_stride + kv_head * params.k_means.head_stride;
   const int heads = params.q_heads + params.kv_heads;
@@ -153,19 +152,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       continue;
     }
     const int energy = b == 0 ? kHighEnergy : kLowEnergy;
-    const float tau =
-        sqrtf(static_cast<float>(band.size) / kHeadDim) *
-        relative_rms(q_energy[energy], q_energy[kTotalEnergy],
-                     static_cast<float>(params.q_blocks), band.size, kHeadDim) *
-        relative_rms(k_energy[energy], k_energy[kTotalEnergy],
-                     static_cast<float>(params.k_blocks), band.size, kHeadDim);
+    const float tau = sqrtf(static_cast<float>(band.size) / kHeadDim) *
+                      relative_rms(q_energy[energy], q_energy[kTotalEnergy],
+                                   static_cast<float>(params.q_blocks), band.size, kHeadDim) *
+                      relative_rms(k_energy[energy], k_energy[kTotalEnergy],
+                                   static_cast<float>(params.k_blocks), band.size, kHeadDim);
     const float scale = 1.f / (sqrtf(static_cast<float>(band.size)) * at_least_epsilon(tau));
     __syncthreads();  // the previous band's scores and queries are done with
     for (int i = threadIdx.x; i < kRows * kHeadDim; i += kThreads) {
       const int64_t q_block = min(first_row + i / kHeadDim, params.q_blocks - 1);
       const int dim = i % kHeadDim;
-      s_q[i] = in_band(band, dim) ? queries[q_block * params.q_means.row_stride + dim] * scale
-                                  : 0.f;
+      s_q[i] =
+          in_band(band, dim) ? queries[q_block * params.q_means.row_stride + dim] * scale : 0.f;
     }
     __syncthreads();
     score_rows<kHeadDim, kRows>(keys, params.k_means.row_stride, s_q, k_end, band, s_scores,
@@ -189,8 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const int64_t index = (batch * params.q_heads + q_head) * params.q_blocks + first_row + row;
     int count = 0;
     for (int word = row_warps.lane; word < plan.words; word += 32) {
-      const uint32_t bits = s_words[row * plan.words + word] |
-                            range_bits(word, 0, range.sink_end) |
+      const uint32_t bits = s_words[row * plan.words + word] | range_bits(word, 0, range.sink_end) |
                             range_bits(word, range.recent_begin, range.recent_end);
       params.bits[index * plan.words + word] = bits;
       count += __popc(bits);

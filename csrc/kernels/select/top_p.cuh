@@ -11,10 +11,10 @@ constexpr float kFixedOne = 2147483648.f;  // 2^31
 // The warps that work on one row: a whole warp, or all warps of the CTA in lockstep with the
 // CTA's other rows (`warps` is the same for all of them).
 struct RowWarps {
-  int warps;        // warps that share this row
-  int warp;         // this warp's index among them
+  int warps;  // warps that share this row
+  int warp;   // this warp's index among them
   int lane;
-  float* scratch;   // one float a warp, shared by the row's warps
+  float* scratch;  // one float a warp, shared by the row's warps
 
   __device__ int threads() const { return warps * 32; }
   __device__ int thread() const { return warp * 32 + lane; }

@@ -1,9 +1,9 @@
 // Tiles, layouts and the shared-memory plan of the portable attention kernel.
 #pragma once
 
+#include <cutlass/numeric_types.h>
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
-#include <cutlass/numeric_types.h>
 
 #include <type_traits>
 
@@ -28,10 +28,9 @@ struct AttentionConfig {
   static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
   using MmaAtom = std::conditional_t<kIsHalf, cute::SM80_16x8x16_F32F16F16F32_TN,
                                      cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-  using TiledMma =
-      cute::TiledMMA<cute::MMA_Atom<MmaAtom>,
-                     cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
-                     cute::Tile<cute::Int<16 * kWarps>, cute::_16, cute::_16>>;
+  using TiledMma = cute::TiledMMA<cute::MMA_Atom<MmaAtom>,
+                                  cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
+                                  cute::Tile<cute::Int<16 * kWarps>, cute::_16, cute::_16>>;
 
   // Rows of 64 elements (128 bytes), their 16-byte chunks XORed by row: free of bank conflicts
   // for cp.async, ldmatrix and the output's stores.
@@ -44,9 +43,8 @@ struct AttentionConfig {
   using SmemLayoutQ = SmemRows<kTileM>;  // also the output tile's
   using SmemLayoutKV = SmemRows<kTileN>;
   using SmemLayoutVt = decltype(cute::composition(
-      SmemLayoutKV{},
-      cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
-                        cute::GenRowMajor{})));
+      SmemLayoutKV{}, cute::make_layout(cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
+                                        cute::GenRowMajor{})));
 
   static constexpr int kSizeQ = kTileM * kHeadDim;
   static constexpr int kSizeKV = kTileN * kHeadDim;

@@ -19,7 +19,7 @@ namespace prism::sm80 {
 
 using namespace cute;
 
-constexpr int kVector = 8;       // elements of one 16-byte chunk
+constexpr int kVector = 8;        // elements of one 16-byte chunk
 constexpr int kAtomColumns = 64;  // elements of one swizzled shared-memory row
 constexpr int kRowThreads = kAtomColumns / kVector;
 
@@ -162,8 +162,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       auto sK_next = make_tensor(make_smem_ptr(smem_k + (stage ^ 1) * Config::kSizeKV),
                                  typename Config::SmemLayoutKV{});
       RowCopy<Config>::load(k + static_cast<int64_t>(n_next) * kTileN * params.k.row_stride,
-                            params.k.row_stride, params.k_len - n_next * kTileN, aligned,
-                            sK_next);
+                            params.k.row_stride, params.k_len - n_next * kTileN, aligned, sK_next);
     }
     cp_async_fence();
 
@@ -254,11 +253,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     }
   }
   __syncthreads();
-  RowCopy<Config>::store(static_cast<Element*>(params.out.data) +
-                             tile.batch * params.out.batch_stride +
-                             tile.q_head * params.out.head_stride +
-                             rows.first * params.out.row_stride,
-                         params.out.row_stride, rows.valid, sQ);
+  RowCopy<Config>::store(
+      static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
+          tile.q_head * params.out.head_stride + rows.first * params.out.row_stride,
+      params.out.row_stride, rows.valid, sQ);
 }
 
 template <typename Element, int kHeadDim, int kTileM>
@@ -271,8 +269,8 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   }
   const auto kernel = sparse_attention_kernel<Config>;
   // Set at every launch: the attribute belongs to the device, not to the process.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
   if (error != cudaSuccess) {
     return error;
   }

@@ -1,9 +1,9 @@
 // Tiles, layouts and the shared-memory plan of the Hopper attention kernel.
 #pragma once
 
-#include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
 #include <cutlass/numeric_types.h>
+#include <cute/tensor.hpp>
 
 #include <cute/atom/mma_atom.hpp>  // needs tensor.hpp before it
 #include <type_traits>
@@ -57,8 +57,8 @@ struct AttentionConfig {
 
   using AtomK = decltype(detail::smem_atom<cute::GMMA::Major::K, Element, kHeadDim>());
   using AtomV = decltype(detail::smem_atom<cute::GMMA::Major::MN, Element, kHeadDim>());
-  using SmemLayoutQ = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>>{}));
+  using SmemLayoutQ =
+      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>>{}));
   using SmemLayoutK = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   // (head_dim, keys): the operand's view of V.
@@ -104,8 +104,8 @@ struct AttentionConfig {
     cutlass::arch::ClusterBarrier v_free[kStages];
     cutlass::arch::ClusterBarrier tile_full[2];
     cutlass::arch::ClusterBarrier tile_free[2];
-    int tile[2];            // index of a tile, or -1: no more
-    int trips[2];           // kept key blocks of that tile
+    int tile[2];             // index of a tile, or -1: no more
+    int trips[2];            // kept key blocks of that tile
     int key_block[kStages];  // which key block lies in a K stage
   };
   static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage)) + 1024;

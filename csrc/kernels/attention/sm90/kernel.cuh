@@ -78,10 +78,10 @@ struct Producer {
 
     const auto mQ = arguments.tma_q.get_tma_tensor(
         make_shape(params.q_len, Int<kHeadDim>{}, params.q_heads, static_cast<int>(params.batch)));
-    const auto mK = arguments.tma_k.get_tma_tensor(make_shape(
-        params.k_len, Int<kHeadDim>{}, params.kv_heads, static_cast<int>(params.batch)));
-    const auto mVt = arguments.tma_v.get_tma_tensor(make_shape(
-        Int<kHeadDim>{}, params.k_len, params.kv_heads, static_cast<int>(params.batch)));
+    const auto mK = arguments.tma_k.get_tma_tensor(
+        make_shape(params.k_len, Int<kHeadDim>{}, params.kv_heads, static_cast<int>(params.batch)));
+    const auto mVt = arguments.tma_v.get_tma_tensor(
+        make_shape(Int<kHeadDim>{}, params.k_len, params.kv_heads, static_cast<int>(params.batch)));
     auto sQ = make_tensor(make_smem_ptr(storage.q.data()), typename Config::SmemLayoutQ{});
     auto sK = make_tensor(make_smem_ptr(storage.k.data()), typename Config::SmemLayoutK{});
     auto sVt = make_tensor(make_smem_ptr(storage.v.data()), typename Config::SmemLayoutVt{});
@@ -120,19 +120,19 @@ struct Producer {
       }
 
       const int batch = static_cast<int>(tile.batch);
-      const auto gQ = local_tile(mQ(_, _, tile.q_head, batch),
-                                 Shape<Int<Config::kTileM>, Int<kHeadDim>>{},
-                                 make_coord(tile.q_block, _0{}));
+      const auto gQ =
+          local_tile(mQ(_, _, tile.q_head, batch), Shape<Int<Config::kTileM>, Int<kHeadDim>>{},
+                     make_coord(tile.q_block, _0{}));
       const auto gK = local_tile(mK(_, _, tile.kv_head, batch), Shape<Int<kTileN>, Int<kHeadDim>>{},
                                  make_coord(_, _0{}));
       const auto gVt = local_tile(mVt(_, _, tile.kv_head, batch),
                                   Shape<Int<kHeadDim>, Int<kTileN>>{}, make_coord(_0{}, _));
-      auto [tQgQ, tQsQ] = tma_partition(arguments.tma_q, _0{}, Layout<_1>{},
-                                              group_modes<0, 2>(sQ), group_modes<0, 2>(gQ));
-      auto [tKgK, tKsK] = tma_partition(arguments.tma_k, _0{}, Layout<_1>{},
-                                              group_modes<0, 2>(sK), group_modes<0, 2>(gK));
-      auto [tVgV, tVsV] = tma_partition(arguments.tma_v, _0{}, Layout<_1>{},
-                                              group_modes<0, 2>(sVt), group_modes<0, 2>(gVt));
+      auto [tQgQ, tQsQ] = tma_partition(arguments.tma_q, _0{}, Layout<_1>{}, group_modes<0, 2>(sQ),
+                                        group_modes<0, 2>(gQ));
+      auto [tKgK, tKsK] = tma_partition(arguments.tma_k, _0{}, Layout<_1>{}, group_modes<0, 2>(sK),
+                                        group_modes<0, 2>(gK));
+      auto [tVgV, tVsV] = tma_partition(arguments.tma_v, _0{}, Layout<_1>{}, group_modes<0, 2>(sVt),
+                                        group_modes<0, 2>(gVt));
 
       BlockIterator kept(mask_row, 1, block_end);
       bool first = true;
@@ -223,9 +223,7 @@ struct Consumer {
     }
   }
 
-  __device__ int row_in_tile(int row) const {
-    return thread / 32 * 16 + thread % 32 / 4 + row * 8;
-  }
+  __device__ int row_in_tile(int row) const { return thread / 32 * 16 + thread % 32 / 4 + row * 8; }
 
   __device__ void run() {
     typename Config::TiledMmaQK mma_qk;
@@ -350,8 +348,8 @@ struct Consumer {
   __device__ void store(Output& output, const Softmax& softmax, const TileCoord& tile,
                         const TileRows& rows) const {
     const int64_t head = tile.batch * params.q_heads + tile.q_head;
-    Element* out = static_cast<Element*>(params.out.data) +
-                   tile.batch * params.out.batch_stride + tile.q_head * params.out.head_stride;
+    Element* out = static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
+                   tile.q_head * params.out.head_stride;
     const int quad = thread % 4;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -429,8 +427,8 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();
-  const auto role = static_cast<WarpgroupRole>(
-      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0));
+  const auto role =
+      static_cast<WarpgroupRole>(__shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0));
   if (role == WarpgroupRole::kProducer) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     if (threadIdx.x < 32) {
@@ -457,17 +455,17 @@ template <typename Config>
 cudaError_t prepare(const SparseAttentionParams& params, KernelArguments<Config>& arguments) {
   using Element = typename Config::Element;
   const auto rows_view = [&](const TensorView& x, int rows, int heads) {
-    return make_tensor(make_gmem_ptr(static_cast<const Element*>(x.data)),
-                       typename Config::GmemShape{rows, {}, heads, static_cast<int>(params.batch)},
-                       typename Config::GmemStride{x.row_stride, {}, x.head_stride,
-                                                   x.batch_stride});
+    return make_tensor(
+        make_gmem_ptr(static_cast<const Element*>(x.data)),
+        typename Config::GmemShape{rows, {}, heads, static_cast<int>(params.batch)},
+        typename Config::GmemStride{x.row_stride, {}, x.head_stride, x.batch_stride});
   };
-  const auto vt = make_tensor(
-      make_gmem_ptr(static_cast<const Element*>(params.v.data)),
-      typename Config::GmemShapeVt{{}, params.k_len, params.kv_heads,
-                                   static_cast<int>(params.batch)},
-      typename Config::GmemStrideVt{{}, params.v.row_stride, params.v.head_stride,
-                                    params.v.batch_stride});
+  const auto vt =
+      make_tensor(make_gmem_ptr(static_cast<const Element*>(params.v.data)),
+                  typename Config::GmemShapeVt{
+                      {}, params.k_len, params.kv_heads, static_cast<int>(params.batch)},
+                  typename Config::GmemStrideVt{
+                      {}, params.v.row_stride, params.v.head_stride, params.v.batch_stride});
   arguments.params = params;
   arguments.q_blocks = (params.q_len + Config::kTileM - 1) / Config::kTileM;
   arguments.k_blocks = (params.k_len + Config::kTileN - 1) / Config::kTileN;
@@ -480,13 +478,12 @@ cudaError_t prepare(const SparseAttentionParams& params, KernelArguments<Config>
   arguments.tma_q = make_tma_copy(
       SM90_TMA_LOAD{}, rows_view(params.q, params.q_len, params.q_heads),
       typename Config::SmemLayoutQ{}, Shape<Int<Config::kTileM>, Int<Config::kHeadDim>>{}, _1{});
-  arguments.tma_k = make_tma_copy(
-      SM90_TMA_LOAD{}, rows_view(params.k, params.k_len, params.kv_heads),
-      take<0, 2>(typename Config::SmemLayoutK{}),
-      Shape<Int<Config::kTileN>, Int<Config::kHeadDim>>{}, _1{});
-  arguments.tma_v = make_tma_copy(
-      SM90_TMA_LOAD{}, vt, take<0, 2>(typename Config::SmemLayoutVt{}),
-      Shape<Int<Config::kHeadDim>, Int<Config::kTileN>>{}, _1{});
+  arguments.tma_k =
+      make_tma_copy(SM90_TMA_LOAD{}, rows_view(params.k, params.k_len, params.kv_heads),
+                    take<0, 2>(typename Config::SmemLayoutK{}),
+                    Shape<Int<Config::kTileN>, Int<Config::kHeadDim>>{}, _1{});
+  arguments.tma_v = make_tma_copy(SM90_TMA_LOAD{}, vt, take<0, 2>(typename Config::SmemLayoutVt{}),
+                                  Shape<Int<Config::kHeadDim>, Int<Config::kTileN>>{}, _1{});
   return cudaSuccess;
 }
 

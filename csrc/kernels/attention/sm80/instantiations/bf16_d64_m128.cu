@@ -3,7 +3,7 @@
 namespace prism::sm80 {
 
 template cudaError_t launch_attention<cutlass::bfloat16_t, 64, 128>(const SparseAttentionParams&,
-                                                                  cudaStream_t);
+                                                                    cudaStream_t);
 template void describe_attention<cutlass::bfloat16_t, 64, 128>(std::vector<KernelInfo>&);
 
 }  // namespace prism::sm80

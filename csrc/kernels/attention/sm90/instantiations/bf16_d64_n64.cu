@@ -3,7 +3,7 @@
 namespace prism::sm90 {
 
 template cudaError_t launch_attention<cutlass::bfloat16_t, 64, 64>(const SparseAttentionParams&,
-                                                                  cudaStream_t);
+                                                                   cudaStream_t);
 template void describe_attention<cutlass::bfloat16_t, 64, 64>(std::vector<KernelInfo>&);
 
 }  // namespace prism::sm90

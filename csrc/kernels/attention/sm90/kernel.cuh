@@ -199,6 +199,7 @@ struct Consumer {
   }
   template <typename Barrier>
   __device__ void release(Barrier& free) const {
+    __syncwarp();  // the arriving lane speaks for what all lanes have read
     if (thread % 32 == 0) {
       free.arrive();
     }
@@ -248,7 +249,6 @@ struct Consumer {
       storage.tile_full[tile_ring.stage].wait(tile_ring.phase);
       const int index = storage.tile[tile_ring.stage];
       const int trips = storage.trips[tile_ring.stage];
-      __syncwarp();
       release(storage.tile_free[tile_ring.stage]);
       tile_ring.advance();
       if (index < 0) {

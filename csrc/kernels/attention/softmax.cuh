@@ -1,6 +1,8 @@
 // Online softmax over accumulator fragments of mma.sync and wgmma, viewed as (row, column).
 #pragma once
 
+#include <cutlass/numeric_conversion.h>
+
 #include <cute/tensor.hpp>
 
 namespace prism {
@@ -50,25 +52,40 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// The running maximum (of unscaled scores) and sum of kRows rows a thread takes part in.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The running softmax of kRows rows a thread takes part in.
 template <int kRows>
 struct OnlineSoftmax {
-  float maximum[kRows];
-  float sum[kRows];  // of this thread's columns only, until finish()
-  float scale_log2;  // softmax scale * log2(e)
+  // The exponent that what was accumulated is relative to follows the maximum only when that has
+  // grown by more than this: until then values stay under 2^8, and nothing has to be rescaled.
+  static constexpr float kSlack = 8.f;
+
+  float base[kRows];  // in units of log2; -inf: the row has seen no key
+  float sum[kRows];   // of this thread's columns only, until finish()
+  float scale_log2;   // softmax scale * log2(e)
 
   __device__ explicit OnlineSoftmax(float scale) : scale_log2(scale * 1.4426950408889634f) {
+    reset();
+  }
+
+  __device__ void reset() {
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      maximum[row] = -INFINITY;
+      base[row] = -INFINITY;
       sum[row] = 0.f;
     }
   }
 
-  // Turns scores into exp(scale * (score - maximum)) in place. What was accumulated before has to
-  // be multiplied by `correction`; true if any row of the warp changes by that.
-  template <typename Scores>
-  __device__ bool update(Scores& scores, float (&correction)[kRows]) {
+  // Turns scores into 2^(scale_log2 * score - base) in place. What was accumulated before has to
+  // be multiplied by `correction`, if it returns true: some row of the warp got another base.
+  // kMasked: scores of -inf may fill the visible part of a row.
+  template <bool kMasked, typename Scores>
+  __device__ __forceinline__ bool update(Scores& scores, float (&correction)[kRows]) {
     using namespace cute;
     bool changed = false;
 #pragma unroll
@@ -78,16 +95,21 @@ struct OnlineSoftmax {
       for (int column = 1; column < size<1>(scores); ++column) {
         tile_max = fmaxf(tile_max, scores(row, column));
       }
-      const float previous = maximum[row];
-      maximum[row] = fmaxf(previous, quad_max(tile_max));
+      const float maximum = quad_max(tile_max) * scale_log2;
+      const bool moved = maximum > base[row] + kSlack;
+      const float previous = base[row];
+      base[row] = moved ? maximum : previous;
+      correction[row] = moved ? exp2_approx(previous - maximum) : 1.f;
+      changed |= moved;
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
       // A row that has seen nothing yet must not compute -inf - -inf.
-      const float base = maximum[row] == -INFINITY ? 0.f : maximum[row] * scale_log2;
-      correction[row] = exp2f(previous * scale_log2 - base);
-      changed |= correction[row] != 1.f;
+      const float offset = kMasked && base[row] == -INFINITY ? 0.f : base[row];
       float tile_sum = 0.f;
 #pragma unroll
       for (int column = 0; column < size<1>(scores); ++column) {
-        const float p = exp2f(scores(row, column) * scale_log2 - base);
+        const float p = exp2_approx(scores(row, column) * scale_log2 - offset);
         scores(row, column) = p;
         tile_sum += p;
       }
@@ -96,8 +118,45 @@ struct OnlineSoftmax {
     return __any_sync(0xffffffffu, changed);
   }
 
+  // The usual case, in which the base may stay: turns scores into probabilities of type Element,
+  // without a search for the maximum. Their sum tells afterwards whether one has outgrown the base
+  // (or is NaN): then it returns false for the whole warp, and `update` has to do the work.
+  template <typename Element, typename Scores, typename Probabilities>
+  __device__ __forceinline__ bool try_update(const Scores& scores, Probabilities& probabilities) {
+    using namespace cute;
+    static_assert(kRows == 2, "scores hold pairs of two rows in turn");
+    constexpr float kLimit = 32768.f;  // fits float16
+    float tile_sum[kRows] = {};
+    cutlass::NumericArrayConverter<Element, float, 2> convert;
+#pragma unroll
+    for (int i = 0; i < size(scores); i += 2) {
+      const int row = i / 2 % kRows;
+      cutlass::Array<float, 2> pair;
+      asm volatile(
+          "{ .reg .f32 x;\n"
+          "fma.rn.ftz.f32 x, %3, %5, %6;\n"
+          "ex2.approx.ftz.f32 %0, x;\n"
+          "fma.rn.ftz.f32 x, %4, %5, %6;\n"
+          "ex2.approx.ftz.f32 %1, x;\n"
+          "add.ftz.f32 %2, %2, %0;\n"
+          "add.ftz.f32 %2, %2, %1; }\n"
+          : "=&f"(pair[0]), "=&f"(pair[1]), "+f"(tile_sum[row])
+          : "f"(scores(i)), "f"(scores(i + 1)), "f"(scale_log2), "f"(-base[row]));
+      *reinterpret_cast<cutlass::Array<Element, 2>*>(&probabilities(i)) = convert(pair);
+    }
+    const bool fits = tile_sum[0] <= kLimit && tile_sum[1] <= kLimit;
+    if (!__all_sync(0xffffffffu, fits)) {
+      return false;
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      sum[row] += tile_sum[row];
+    }
+    return true;
+  }
+
   template <typename Output>
-  __device__ static void rescale(Output& output, const float (&correction)[kRows]) {
+  __device__ __forceinline__ static void rescale(Output& output, const float (&correction)[kRows]) {
     using namespace cute;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
@@ -110,7 +169,7 @@ struct OnlineSoftmax {
 
   // Normalizes the output of one row and returns its log-sum-exp: 0 and -inf for an empty row.
   template <typename Output>
-  __device__ float finish(Output& output, int row) const {
+  __device__ __forceinline__ float finish(Output& output, int row) const {
     using namespace cute;
     const float total = quad_sum(sum[row]);
     const float inverse = total == 0.f ? 0.f : 1.f / total;
@@ -119,7 +178,7 @@ struct OnlineSoftmax {
       output(row, column) *= inverse;
     }
     constexpr float kLn2 = 0.6931471805599453f;
-    return total == 0.f ? -INFINITY : maximum[row] * scale_log2 * kLn2 + logf(total);
+    return total == 0.f ? -INFINITY : base[row] * kLn2 + logf(total);
   }
 };
 

@@ -7,23 +7,37 @@
 
 namespace prism {
 
-// Which (batch, head, query block) a tile index stands for. Query heads of one KV head are
-// neighbours and share its K and V in L2; the longest rows of a causal mask come first.
+// KV heads whose tiles are interleaved: as many as share half of the L2 cache, so that all their
+// query rows, longest first, run against K and V that stay in it.
+inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
+  const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
+  const int64_t fitting = head_bytes > 0 ? l2_bytes / 2 / head_bytes : kv_heads;
+  return static_cast<int>(fitting < 1 ? 1 : fitting < kv_heads ? fitting : kv_heads);
+}
+
+// Which (batch, head, query block) a tile index stands for. KV heads, counted over the batch, come
+// in sections. Within one the query blocks descend, since the last rows of a causal mask are the
+// longest, and the query heads of one KV head are neighbours.
 struct TileCoord {
-  int64_t batch;
+  int batch;
   int q_head;
   int kv_head;
   int q_block;
 
-  __device__ TileCoord(const SparseAttentionParams& params, int64_t index, int q_blocks) {
+  __device__ TileCoord(const SparseAttentionParams& params, int index, int q_blocks, int section) {
     const int group = params.q_heads / params.kv_heads;
-    const int in_group = static_cast<int>(index % group);
-    index /= group;
-    q_block = q_blocks - 1 - static_cast<int>(index % q_blocks);
-    index /= q_blocks;
-    kv_head = static_cast<int>(index % params.kv_heads);
-    batch = index / params.kv_heads;
-    q_head = kv_head * group + in_group;
+    const int section_tiles = section * group * q_blocks;
+    const int section_index = index / section_tiles;
+    const int first = section_index * section;
+    const int heads = min(section, static_cast<int>(params.batch) * params.kv_heads - first);
+    index -= section_index * section_tiles;
+    const int row = index / (heads * group);
+    index -= row * heads * group;
+    q_block = q_blocks - 1 - row;
+    const int kv = first + index / group;
+    batch = kv / params.kv_heads;
+    kv_head = kv - batch * params.kv_heads;
+    q_head = kv_head * group + index % group;
   }
 };
 
@@ -44,6 +58,12 @@ struct TileRows {
   __device__ bool needs_mask(const SparseAttentionParams& params, int first_key, int keys) const {
     return (params.causal && first_key + keys - 1 > first_position) ||
            first_key + keys > params.k_len;
+  }
+
+  // The first box of `keys` keys, a power of two, for which needs_mask() holds.
+  __device__ int first_masked(const SparseAttentionParams& params, int keys) const {
+    const int ragged = params.k_len / keys;
+    return params.causal ? min(max(first_position + 1, 0) / keys, ragged) : ragged;
   }
 
   // The last key that row `row` of the tile may see.

@@ -88,7 +88,7 @@ struct RowCopy {
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     sparse_attention_kernel(const __grid_constant__ SparseAttentionParams params,
-                            const bool aligned) {
+                            const bool aligned, const int section) {
   using Element = typename Config::Element;
   constexpr int kTileM = Config::kTileM;
   constexpr int kTileN = Config::kTileN;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
   const int q_blocks = (params.q_len + kTileM - 1) / kTileM;
   const int k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
-  const TileCoord tile(params, blockIdx.x, q_blocks);
+  const TileCoord tile(params, static_cast<int>(blockIdx.x), q_blocks, section);
   const TileRows rows(params, tile.q_block, kTileM);
 
   const Element* q = static_cast<const Element*>(params.q.data) +
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
                      tile.batch * params.k.batch_stride + tile.kv_head * params.k.head_stride;
   const Element* v = static_cast<const Element*>(params.v.data) +
                      tile.batch * params.v.batch_stride + tile.kv_head * params.v.head_stride;
-  const int64_t head_index = tile.batch * params.q_heads + tile.q_head;
+  const int64_t head_index = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
       params.bits + (head_index * q_blocks + tile.q_block) * ((k_blocks + 31) / 32);
   BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     }
     float correction[kRows];
     // Maxima settle after a few tiles: then the vote is cheaper than the multiplications.
-    if (softmax.update(rS_rows, correction)) {
+    if (softmax.update<true>(rS_rows, correction)) {
       softmax.rescale(rO_rows, correction);
     }
 
@@ -268,17 +268,26 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
     return cudaErrorInvalidConfiguration;
   }
   const auto kernel = sparse_attention_kernel<Config>;
-  // Set at every launch: the attribute belongs to the device, not to the process.
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
+  int device = 0;
+  int l2_bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
+  }
+  if (error == cudaSuccess) {
+    // Set at every launch: the attribute belongs to the device, not to the process.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 Config::kSmemBytes);
+  }
   if (error != cudaSuccess) {
     return error;
   }
   // cp.async moves 16 bytes at a time, under the same conditions as TMA.
   const bool aligned =
       tma_compatible(params.q) && tma_compatible(params.k) && tma_compatible(params.v);
-  kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(params,
-                                                                                        aligned);
+  const int section = kv_section(params.k_len, kHeadDim, params.batch * params.kv_heads, l2_bytes);
+  kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(
+      params, aligned, section);
   return cudaGetLastError();
 }
 

@@ -8,6 +8,8 @@
 #include <cute/atom/mma_atom.hpp>  // needs tensor.hpp before it
 #include <type_traits>
 
+#include "kernels/attention/sm90/tile_descriptor.h"
+
 namespace prism::sm90 {
 
 namespace detail {
@@ -25,20 +27,32 @@ constexpr auto smem_atom() {
 
 }  // namespace detail
 
-// A producer warpgroup feeds two consumer warpgroups of 64 query rows each through TMA; kTileM is
-// the query block size, kTileN the key block size.
-template <typename Element_, int kHeadDim_, int kTileN_>
+// A producer warpgroup feeds two consumer warpgroups of 64 query rows each through TMA. kTileM is
+// the query block size, kBlockN the key block size of the mask. Keys are computed kTileN at a time
+// and loaded in boxes of kBoxN: a tile is one key block, two smaller ones, or half of a larger one.
+template <typename Element_, int kHeadDim_, int kBlockN_>
 struct AttentionConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockN = kBlockN_;
   static constexpr int kTileM = 128;
-  static constexpr int kTileN = kTileN_;
-  static constexpr int kConsumers = 2;  // warpgroups
+  // The output accumulators of head_dim 256 leave registers for half as many scores.
+  static constexpr int kTileN = kHeadDim == 256 ? 64 : 128;
+  static constexpr int kBoxN = kBlockN < kTileN ? kBlockN : kTileN;
+  static constexpr int kBoxes = kTileN / kBoxN;           // boxes of one tile
+  static constexpr int kBoxesPerBlock = kBlockN / kBoxN;  // boxes of one key block of the mask
+  static constexpr int kConsumers = 2;                    // warpgroups
   static constexpr int kConsumerThreads = kConsumers * 128;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kThreads = 128 + kConsumerThreads;
   // K and V bytes in flight matter, not tiles: smaller tiles get more stages.
   static constexpr int kStages = 2 * (128 * 128) / (kTileN * kHeadDim);
+  // The next tile's queries arrive while this one is computed, where there is room for them.
+  static constexpr int kStagesQ = kHeadDim == 256 ? 1 : 2;
+  static constexpr int kStagesTile = 2;  // the tile in work and the next
+  // Whether the consumers take turns on the tensor cores. Beyond head_dim 128 products take so much
+  // longer than the softmax that they need not.
+  static constexpr bool kTakeTurns = kHeadDim <= 128;
   // 168 registers a thread at launch: 24 * 128 + 240 * 256 make the same sum.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -57,58 +71,61 @@ struct AttentionConfig {
 
   using AtomK = decltype(detail::smem_atom<cute::GMMA::Major::K, Element, kHeadDim>());
   using AtomV = decltype(detail::smem_atom<cute::GMMA::Major::MN, Element, kHeadDim>());
-  using SmemLayoutQ =
-      decltype(cute::tile_to_shape(AtomK{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>>{}));
+  using SmemLayoutQ = decltype(cute::tile_to_shape(
+      AtomK{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kStagesQ>>{}));
   using SmemLayoutK = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   // (head_dim, keys): the operand's view of V.
   using SmemLayoutVt = decltype(cute::tile_to_shape(
       AtomV{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  // In each of them a stage is a row of panels of 64 columns: what one swizzle row holds, and what
+  // TMA moves at a time.
+  static constexpr int kPanels = kHeadDim / 64;
+  static constexpr int kPanelQ = kTileM * 64;  // elements
+  static constexpr int kPanelKV = kTileN * 64;
+  static constexpr int kPanelO = 64 * 64;
+  // A warpgroup's output goes through as many panels at a time as there is room for.
+  static constexpr int kPanelsO = kHeadDim == 64 ? 1 : 2;
 
-  static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);
+  static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);   // one stage
   static constexpr uint32_t kBytesKV = kTileN * kHeadDim * sizeof(Element);  // one stage
 
-  // (rows, head_dim, heads, batch) and, for V, (head_dim, rows, heads, batch) in global memory.
+  // (rows, head_dim, heads, batch) in global memory, moved kRows x 64 at a time. A copy's
+  // coordinates are (column, row, head, batch).
   using GmemShape = cute::Shape<int32_t, cute::Int<kHeadDim>, int32_t, int32_t>;
   using GmemStride = cute::Stride<int64_t, cute::_1, int64_t, int64_t>;
-  using GmemShapeVt = cute::Shape<cute::Int<kHeadDim>, int32_t, int32_t, int32_t>;
-  using GmemStrideVt = cute::Stride<cute::_1, int64_t, int64_t, int64_t>;
-  using TmaQ = decltype(cute::make_tma_copy(
-      cute::SM90_TMA_LOAD{},
-      cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(nullptr)), GmemShape{},
-                        GmemStride{}),
-      SmemLayoutQ{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>>{}, cute::_1{}));
-  using TmaK = decltype(cute::make_tma_copy(
-      cute::SM90_TMA_LOAD{},
-      cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(nullptr)), GmemShape{},
-                        GmemStride{}),
-      cute::take<0, 2>(SmemLayoutK{}), cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>>{},
-      cute::_1{}));
-  using TmaVt = decltype(cute::make_tma_copy(
-      cute::SM90_TMA_LOAD{},
-      cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(nullptr)), GmemShapeVt{},
-                        GmemStrideVt{}),
-      cute::take<0, 2>(SmemLayoutVt{}), cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>>{},
-      cute::_1{}));
+  template <int kRows, typename Operation>
+  static auto make_tma(Operation operation, const void* data, GmemShape shape, GmemStride stride) {
+    using Box = cute::Shape<cute::Int<kRows>, cute::_64>;
+    const auto gmem =
+        cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(data)), shape, stride);
+    return cute::make_tma_copy(operation, gmem, cute::tile_to_shape(AtomK{}, Box{}), Box{},
+                               cute::_1{});
+  }
+  using TmaLoad = cute::SM90_TMA_LOAD;
+  using TmaStore = cute::SM90_TMA_STORE;
+  using TmaQ = decltype(make_tma<kTileM>(TmaLoad{}, nullptr, {}, {}));
+  using TmaKV = decltype(make_tma<kBoxN>(TmaLoad{}, nullptr, {}, {}));
+  using TmaO = decltype(make_tma<64>(TmaStore{}, nullptr, {}, {}));
 
   struct SharedStorage {
-    alignas(1024) cute::array_aligned<Element, cute::cosize_v<SmemLayoutQ>, 1024> q;
-    alignas(1024) cute::array_aligned<Element, cute::cosize_v<SmemLayoutK>, 1024> k;
-    alignas(1024) cute::array_aligned<Element, cute::cosize_v<SmemLayoutVt>, 1024> v;
-    cutlass::arch::ClusterTransactionBarrier q_full;
-    cutlass::arch::ClusterBarrier q_free;
+    alignas(1024) Element q[kStagesQ][kPanels][kPanelQ];
+    alignas(1024) Element k[kStages][kPanels][kPanelKV];
+    alignas(1024) Element v[kStages][kPanels][kPanelKV];
+    alignas(1024) Element o[kConsumers][kPanelsO][kPanelO];
+    cutlass::arch::ClusterTransactionBarrier q_full[kStagesQ];
+    cutlass::arch::ClusterBarrier q_free[kStagesQ];
     cutlass::arch::ClusterTransactionBarrier k_full[kStages];
     cutlass::arch::ClusterBarrier k_free[kStages];
     cutlass::arch::ClusterTransactionBarrier v_full[kStages];
     cutlass::arch::ClusterBarrier v_free[kStages];
-    cutlass::arch::ClusterBarrier tile_full[2];
-    cutlass::arch::ClusterBarrier tile_free[2];
-    int tile[2];             // index of a tile, or -1: no more
-    int trips[2];            // kept key blocks of that tile
-    int key_block[kStages];  // which key block lies in a K stage
+    cutlass::arch::ClusterBarrier tile_full[kStagesTile];
+    cutlass::arch::ClusterBarrier tile_free[kStagesTile];
+    TileDescriptor tile[kStagesTile];
   };
-  static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage)) + 1024;
+  static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage));
+  static_assert(kSmemBytes <= 232448, "more than a CTA gets on Hopper");
 };
 
 }  // namespace prism::sm90

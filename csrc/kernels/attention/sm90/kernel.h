@@ -9,12 +9,12 @@
 
 namespace prism::sm90 {
 
-// One instantiation of the Hopper kernel: 128 query rows a tile, kTileN is the key block size.
+// One instantiation of the Hopper kernel: 128 query rows a tile, kBlockN is the key block size.
 // Instantiated under instantiations/, one file each so that they compile in parallel.
-template <typename Element, int kHeadDim, int kTileN>
+template <typename Element, int kHeadDim, int kBlockN>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream);
 
-template <typename Element, int kHeadDim, int kTileN>
+template <typename Element, int kHeadDim, int kBlockN>
 void describe_attention(std::vector<KernelInfo>& kernels);
 
 }  // namespace prism::sm90

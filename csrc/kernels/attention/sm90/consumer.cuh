@@ -1,0 +1,399 @@
+// The consumer warpgroups: 64 query rows each, S = Q K^T, softmax, O += P V.
+#pragma once
+
+#include <cutlass/arch/barrier.h>
+#include <cutlass/numeric_conversion.h>
+
+#include "kernels/attention/sm90/arguments.h"
+#include "kernels/attention/sm90/config.h"
+#include "kernels/attention/softmax.cuh"
+#include "kernels/attention/tile_coord.h"
+
+namespace prism::sm90 {
+
+using namespace cute;
+
+// Issues C = A * B, or C += A * B, without waiting for it.
+template <typename Mma, typename A, typename B, typename C>
+__device__ __forceinline__ void issue_gemm(Mma& mma, A const& a, B const& b, C& c,
+                                           bool accumulate) {
+  warpgroup_fence_operand(c);
+  warpgroup_arrive();
+  mma.accumulate_ = accumulate ? GMMA::ScaleOut::One : GMMA::ScaleOut::Zero;
+#pragma unroll
+  for (int i = 0; i < size<2>(a); ++i) {
+    gemm(mma, a(_, _, i), b(_, _, i), c);
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+}
+
+// Q K^T of the next key tile is in flight while the softmax of this one is computed, across query
+// tiles as well: the first Q K^T of a tile is issued with the last P V of the one before it.
+// Between the two warpgroups a pair of named barriers lets one compute its softmax while the other
+// has the tensor cores.
+template <typename Config>
+struct Consumer {
+  using Element = typename Config::Element;
+  using Storage = typename Config::SharedStorage;
+  static constexpr int kRows = 2;  // rows of one thread: lane / 4 and 8 below
+
+  const KernelArguments<Config>& arguments;
+  const SparseAttentionParams& params;
+  Storage& storage;
+  int warpgroup;  // 0 or 1
+  Ring<Config::kStagesTile> tile_ring;
+  Ring<Config::kStages> ring;  // K; the V in use belongs to the key tile before
+
+  __device__ Consumer(const KernelArguments<Config>& arguments, Storage& storage, int warpgroup)
+      : arguments(arguments), params(arguments.params), storage(storage), warpgroup(warpgroup) {}
+
+  // Index within the consumers. Volatile, so that what depends on it is computed where it is needed
+  // instead of staying in registers, which are scarce, through the main loop.
+  __device__ static int thread() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x - 128;
+  }
+  __device__ static bool is_warp_leader() { return threadIdx.x % 32 == 0; }
+  __device__ static bool is_storer() { return threadIdx.x % 128 == 0; }
+
+  __device__ void turn_wait() const {
+    if constexpr (Config::kTakeTurns) {
+      cutlass::arch::NamedBarrier::sync(Config::kConsumerThreads, 1 + warpgroup);
+    }
+  }
+  __device__ void turn_pass() const {
+    if constexpr (Config::kTakeTurns) {
+      cutlass::arch::NamedBarrier::arrive(Config::kConsumerThreads, 1 + (warpgroup ^ 1));
+    }
+  }
+  // The consumers of one warpgroup only.
+  __device__ void warpgroup_sync() const { cutlass::arch::NamedBarrier::sync(128, 3 + warpgroup); }
+  // What wgmma has read is free once the warpgroup has waited for it.
+  template <typename Barrier>
+  __device__ void release(Barrier& free) const {
+    if (is_warp_leader()) {
+      free.arrive();
+    }
+  }
+
+  // The first of a thread's two rows; the other is 8 below.
+  __device__ static int row_in_tile(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+
+  // The tile at the head of the ring. It stays in shared memory until release_tile(): registers are
+  // scarce.
+  __device__ const TileDescriptor& tile() const { return storage.tile[tile_ring.stage()]; }
+
+  __device__ void release_tile() {
+    storage.tile_free[tile_ring.stage()].arrive();
+    tile_ring.advance();
+  }
+
+  // Goes on to a tile that keeps any keys, writing those before it that keep none; false at the
+  // end.
+  __device__ bool find_tile() {
+    for (;;) {
+      storage.tile_full[tile_ring.stage()].wait(tile_ring.phase());
+      if (tile().is_end()) {
+        return false;
+      }
+      if (tile().trips > 0) {
+        return true;
+      }
+      store_empty(tile());
+      release_tile();
+    }
+  }
+
+  template <typename Scores>
+  __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
+    const TileRows rows(params, tile().q_block, Config::kTileM);
+    constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
+    const int thread = this->thread();
+    int last_key[kRows];
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      last_key[row] = rows.last_key(params, row_in_tile(thread) + row * 8) - thread % 4 * 2;
+    }
+#pragma unroll
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      const int first_key = tile().template first_key<Config::kBoxN>(trip * Config::kBoxes + box);
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const int last_column = last_key[row] - first_key;
+#pragma unroll
+        for (int column = 0; column < kBoxColumns; ++column) {
+          if (column / 2 * 8 + column % 2 > last_column) {
+            scores(row, box * kBoxColumns + column) = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    typename Config::TiledMmaQK mma_qk;
+    typename Config::TiledMmaPV mma_pv;
+    auto sQ = make_tensor(make_smem_ptr(&storage.q[0][0][0]), typename Config::SmemLayoutQ{});
+    auto sK = make_tensor(make_smem_ptr(&storage.k[0][0][0]), typename Config::SmemLayoutK{});
+    auto sVt = make_tensor(make_smem_ptr(&storage.v[0][0][0]), typename Config::SmemLayoutVt{});
+    const auto thr_qk = mma_qk.get_thread_slice(warpgroup * 128);
+    const auto thr_pv = mma_pv.get_thread_slice(warpgroup * 128);
+    const auto tSrQ = thr_qk.partition_fragment_A(sQ);
+    const auto tSrK = thr_qk.partition_fragment_B(sK);
+    const auto tOrV = thr_pv.partition_fragment_B(sVt);
+    auto rO = partition_fragment_C(mma_pv, Shape<Int<Config::kTileM>, Int<Config::kHeadDim>>{});
+    auto rO_rows = make_tensor(rO.data(), wgmma_rows_and_columns(rO.layout()));
+    auto rS = partition_fragment_C(mma_qk, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
+    auto rS_rows = make_tensor(rS.data(), wgmma_rows_and_columns(rS.layout()));
+    // Two sets of probabilities: P V reads one while the softmax writes the other.
+    auto rP0 = make_fragment_like<Element>(rS);
+    auto rP1 = make_fragment_like<Element>(rS);
+    float correction[kRows];
+    bool accumulate = false;  // whether rO holds anything of this tile
+    Ring<Config::kStagesQ> q_ring;
+
+    const auto wait_for_queries = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      q_ring.count = static_cast<uint32_t>(tile().index);
+      storage.q_full[q_ring.stage()].wait(q_ring.phase());
+    };
+    const auto wait_for_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      storage.k_full[ring.stage()].wait(ring.phase());
+    };
+    const auto wait_for_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      storage.v_full[ring.previous().stage()].wait(ring.previous().phase());
+    };
+    const auto issue_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      issue_gemm(mma_qk, tSrQ(_, _, _, q_ring.stage()), tSrK(_, _, _, ring.stage()), rS, false);
+    };
+    const auto issue_output = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
+      const auto tOrP = make_tensor(rP.data(), wgmma_a_operand(rS.layout()));
+      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, ring.previous().stage()), rO, accumulate);
+      accumulate = true;
+    };
+    const auto release_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      release(storage.k_free[ring.stage()]);
+    };
+    const auto release_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+      release(storage.v_free[ring.previous().stage()]);
+    };
+
+    if (warpgroup == 1) {
+      turn_pass();  // the first turn is warpgroup 0's
+    }
+    if (!find_tile()) {
+      return;
+    }
+    OnlineSoftmax<kRows> softmax(params.scale);
+    wait_for_queries();
+    wait_for_keys();
+    turn_wait();
+    issue_scores();
+    turn_pass();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rS);
+    for (;;) {
+      const int trips = tile().trips;
+      const int masked = tile().template masked_tiles<Config::kBoxes>();
+      release_keys();
+      ring.advance();
+      softmax.reset();
+      accumulate = false;
+      if (masked > 0) {
+        apply_mask(rS_rows, 0);
+      }
+      softmax.template update<true>(rS_rows, correction);
+      convert(rS, rP0);
+
+      // Q K^T of the next key tile and P V of the last one; waits for the former.
+      const auto issue_both = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
+        wait_for_keys();
+        wait_for_values();
+        turn_wait();
+        issue_scores();
+        issue_output(rP);
+        turn_pass();
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rS);
+        release_keys();
+      };
+      const auto finish_output = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rO);
+      };
+      const auto masked_step = [&](int trip) CUTLASS_LAMBDA_FUNC_INLINE {
+        issue_both(rP0);
+        apply_mask(rS_rows, trip);
+        softmax.template update<true>(rS_rows, correction);
+        finish_output();
+        release_values();
+        ring.advance();
+        softmax.rescale(rO_rows, correction);
+        convert(rS, rP0);
+      };
+      const auto step = [&](auto& rP, auto& rP_next) CUTLASS_LAMBDA_FUNC_INLINE {
+        issue_both(rP);
+        // Each branch waits for P V by itself: a wait before the branch would let the compiler put
+        // most of the softmax behind it.
+        if (softmax.template try_update<Element>(rS, rP_next)) {
+          finish_output();
+        } else {
+          softmax.template update<false>(rS_rows, correction);
+          convert(rS, rP_next);
+          finish_output();
+          softmax.rescale(rO_rows, correction);
+        }
+        release_values();
+        ring.advance();
+      };
+      // The last P V of this tile, with the first Q K^T of the next; false after the last tile.
+      const auto finish_tile = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
+        release(storage.q_free[q_ring.stage()]);
+        const TileDescriptor finished = tile();
+        release_tile();
+        const bool more = find_tile();
+        if (more) {
+          wait_for_queries();
+          wait_for_keys();
+          wait_for_values();
+          turn_wait();
+          issue_scores();
+          issue_output(rP);
+          turn_pass();
+          warpgroup_wait<0>();
+          warpgroup_fence_operand(rS);
+        } else {
+          wait_for_values();
+          turn_wait();
+          issue_output(rP);
+          turn_pass();
+          warpgroup_wait<0>();
+        }
+        warpgroup_fence_operand(rO);
+        release_values();
+        store(rO_rows, softmax, finished);
+        return more;
+      };
+
+      int trip = 1;
+      for (; trip < masked; ++trip) {
+        masked_step(trip);
+      }
+      bool more;
+      for (;;) {
+        if (trip++ == trips) {
+          more = finish_tile(rP0);
+          break;
+        }
+        step(rP0, rP1);
+        if (trip++ == trips) {
+          more = finish_tile(rP1);
+          break;
+        }
+        step(rP1, rP0);
+      }
+      if (!more) {
+        break;
+      }
+    }
+    if (is_storer()) {
+      tma_store_wait<0>();  // the CTA's shared memory has to outlive the store
+    }
+  }
+
+  template <typename Source, typename Target>
+  __device__ __forceinline__ static void convert(const Source& source, Target& target) {
+    constexpr int kSize = decltype(size(source))::value;
+    cutlass::NumericArrayConverter<Element, float, kSize> converter;
+    *reinterpret_cast<cutlass::Array<Element, kSize>*>(target.data()) =
+        converter(*reinterpret_cast<const cutlass::Array<float, kSize>*>(source.data()));
+  }
+
+  // Normalizes the output and stores it through shared memory: by TMA, which leaves out rows past
+  // the end and goes on while the next tile is computed.
+  template <typename Output, typename Softmax>
+  __device__ __forceinline__ void store(Output& output, const Softmax& softmax,
+                                        const TileDescriptor& tile) {
+    const TileRows rows(params, tile.q_block, Config::kTileM);
+    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
+    const int thread = this->thread();
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      const float lse = softmax.finish(output, row);
+      const int tile_row = row_in_tile(thread) + row * 8;
+      if (thread % 4 == 0 && tile_row < rows.valid) {
+        params.lse[head * params.q_len + rows.first + tile_row] = lse;
+      }
+    }
+#pragma unroll
+    for (int panel = 0; panel < Config::kHeadDim / 64; panel += Config::kPanelsO) {
+      if (is_storer()) {
+        tma_store_wait<0>();  // the last store has read the panels
+      }
+      warpgroup_sync();
+#pragma unroll
+      for (int i = 0; i < Config::kPanelsO; ++i) {
+        write_panel(output, panel + i, thread, storage.o[warpgroup][i]);
+      }
+      tma_store_fence();
+      warpgroup_sync();
+      if (is_storer()) {
+#pragma unroll
+        for (int i = 0; i < Config::kPanelsO; ++i) {
+          SM90_TMA_STORE_4D::copy(arguments.tma_o.get_tma_descriptor(), storage.o[warpgroup][i],
+                                  (panel + i) * 64, rows.first + warpgroup * 64, tile.q_head,
+                                  tile.batch);
+        }
+        tma_store_arrive();
+      }
+    }
+  }
+
+  // Columns [64 panel, 64 panel + 64) of the warpgroup's rows, in the 128-byte swizzle.
+  template <typename Output>
+  __device__ __forceinline__ static void write_panel(const Output& output, int panel, int thread,
+                                                     Element* target) {
+    // Lane i addresses row i % 8 of matrix i / 8; the matrices are (rows 0-7, rows 8-15) of eight
+    // columns and then of the next eight.
+    const int lane = thread % 32;
+    const int row = thread % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int chunk = 0; chunk < 8; chunk += 2) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = (panel * 8 + chunk + i / 2) * 2;
+        cutlass::NumericArrayConverter<Element, float, 2> converter;
+        cutlass::Array<float, 2> pair;
+        pair[0] = output(i % 2, column);
+        pair[1] = output(i % 2, column + 1);
+        const cutlass::Array<Element, 2> converted = converter(pair);
+        pairs[i] = *reinterpret_cast<const uint32_t*>(&converted);
+      }
+      const int swizzled = (chunk + lane / 16) ^ (row % 8);
+      auto& address = *reinterpret_cast<uint128_t*>(target + row * 64 + swizzled * 8);
+      SM90_U32x4_STSM_N::copy(pairs[0], pairs[1], pairs[2], pairs[3], address);
+    }
+  }
+
+  // A tile without keys: output 0, log-sum-exp -inf.
+  __device__ void store_empty(const TileDescriptor& tile) const {
+    constexpr int kVector = 8;
+    const TileRows rows(params, tile.q_block, Config::kTileM);
+    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
+    Element* out = static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
+                   tile.q_head * params.out.head_stride;
+    for (int i = thread(); i < rows.valid * (Config::kHeadDim / kVector);
+         i += Config::kConsumerThreads) {
+      const int64_t row = rows.first + i / (Config::kHeadDim / kVector);
+      const int column = i % (Config::kHeadDim / kVector) * kVector;
+      *reinterpret_cast<uint4*>(out + row * params.out.row_stride + column) = uint4{};
+    }
+    for (int row = thread(); row < rows.valid; row += Config::kConsumerThreads) {
+      params.lse[head * params.q_len + rows.first + row] = -INFINITY;
+    }
+  }
+};
+
+}  // namespace prism::sm90

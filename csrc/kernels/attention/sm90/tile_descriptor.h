@@ -1,0 +1,50 @@
+// What the scheduler tells the loader and the consumers about a tile.
+#pragma once
+
+#include <cstdint>
+
+namespace prism::sm90 {
+
+// A power of two in size: registers for its address are scarce.
+struct alignas(64) TileDescriptor {
+  const uint32_t* mask_words;
+  int q_block;  // -1: there are no more tiles
+  int q_head;
+  int kv_head;
+  int batch;
+  int trips;    // key tiles to compute
+  int box_end;  // boxes of keys before the first that no row may see
+  int index;    // among the tiles of this CTA that keep any keys
+  // Boxes of key rows come in descending order. Only those in which some row may not see some key
+  // have to be masked: bit i stands for the box i below the last visible one, set if it is kept.
+  uint32_t masked_boxes;
+  int padding_boxes;  // boxes of zeros before the first: the kept ones must fill whole tiles
+
+  __device__ bool is_end() const { return q_block < 0; }
+
+  __device__ int block_end(int boxes_per_block) const {
+    return (box_end + boxes_per_block - 1) / boxes_per_block;
+  }
+
+  // Tiles, of kBoxes boxes, that contain a box to be masked, or padding.
+  template <int kBoxes>
+  __device__ int masked_tiles() const {
+    return (padding_boxes + __popc(masked_boxes) + kBoxes - 1) / kBoxes;
+  }
+
+  // First key of a box: past every key for padding, before every key where no mask is needed.
+  template <int kBoxN>
+  __device__ int first_key(int box) const {
+    box -= padding_boxes;
+    if (box < 0) {
+      return 1 << 30;
+    }
+    uint32_t left = masked_boxes;
+    for (int i = 0; i < box; ++i) {
+      left &= left - 1;
+    }
+    return left == 0 ? -(1 << 30) : (box_end - __ffs(static_cast<int>(left))) * kBoxN;
+  }
+};
+
+}  // namespace prism::sm90

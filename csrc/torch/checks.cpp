@@ -56,11 +56,16 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
   PRISM_CHECK(tensor.dim() == 4, op, name, " has shape ", shape_string(tensor),
               "; expected 4 dimensions: (batch, heads, length, head_dim)");
   PRISM_CHECK(head_dim_supported(tensor.size(3)), op, name, " has head_dim ", tensor.size(3),
-              " (shape ", shape_string(tensor), "); allowed: 64, 128");
+              " (shape ", shape_string(tensor), "); allowed: 64, 128, 256");
   PRISM_CHECK(tensor.size(2) <= kMaxLength, op, name, " has length ", tensor.size(2),
               "; allowed: at most ", kMaxLength);
   PRISM_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, op, name, " has last stride ",
               tensor.stride(3), "; expected 1 (head_dim elements adjacent)");
+}
+
+void check_estimated(const char* op, const char* name, const Tensor& tensor) {
+  PRISM_CHECK(tensor.size(3) <= kMaxHeadDim, op, name, " has head_dim ", tensor.size(3), " (shape ",
+              shape_string(tensor), "); blocks are estimated at 64, 128 only");
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,

@@ -39,8 +39,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 std::string shape_string(const Tensor& tensor);
 
 // q, k or v: (batch, heads, length, head_dim) with unit last stride, bfloat16 or float16 (and
-// float32 on the CPU), head_dim 64 or 128.
+// float32 on the CPU), head_dim 64, 128 or 256.
 void check_activation(const char* op, const char* name, const Tensor& tensor);
+
+// The head_dim of an activation whose blocks are to be estimated: 64 or 128.
+void check_estimated(const char* op, const char* name, const Tensor& tensor);
 
 // q, k, v of one call: one device and dtype, agreeing shapes, whole GQA groups.
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);

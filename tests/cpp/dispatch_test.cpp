@@ -12,7 +12,7 @@ using prism::choose_attention_kernel;
 static_assert(prism::block_sizes_supported(128, 128) && prism::block_sizes_supported(64, 64) &&
               prism::block_sizes_supported(128, 64) && !prism::block_sizes_supported(64, 128));
 static_assert(prism::head_dim_supported(64) && prism::head_dim_supported(128) &&
-              !prism::head_dim_supported(96));
+              prism::head_dim_supported(256) && !prism::head_dim_supported(96));
 
 int main() {
   int failures = 0;

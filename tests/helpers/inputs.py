@@ -8,7 +8,7 @@ from torch import Tensor
 from helpers.oracle import visible_blocks
 
 LAYOUTS = ("contiguous", "length_first", "packed_qkv", "odd_stride", "offset")
-VALUES = ("normal", "large_logits", "constant", "outlier", "denormal", "zero")
+VALUES = ("normal", "large_logits", "constant", "outlier", "denormal", "zero", "rising")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -28,6 +28,8 @@ def values(shape: tuple[int, ...], kind: str, dtype: torch.dtype, seed: int) -> 
         x *= torch.finfo(dtype).smallest_normal / 4
     elif kind == "zero":
         x.zero_()
+    elif kind == "rising":  # towards the first tokens, which are computed last
+        x *= torch.linspace(60.0, 1.0, shape[2])[:, None]
     elif kind not in VALUES:
         raise ValueError(f"unknown kind of values {kind!r}")
     return x.to(dtype)

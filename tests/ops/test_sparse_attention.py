@@ -32,6 +32,10 @@ SANITIZER_CASES = (
     "prefix-decode",
     "q_longer-by_37",
     "tiny-one_token",
+    "head_dim_256-b128_64",
+    "head_dim_256-b64",
+    "many_tiles-every_other_empty",
+    "many_tiles-rising_d128",
 )
 
 
@@ -197,7 +201,7 @@ LENGTHS = st.integers(0, 200)
     k_len=LENGTHS,
     kv_heads=st.integers(1, 2),
     ratio=st.integers(1, 3),
-    head_dim=st.sampled_from([64, 128]),
+    head_dim=st.sampled_from([64, 128, 256]),
     blocks=st.sampled_from([(64, 64), (128, 64), (128, 128)]),
     causal=st.booleans(),
     layout=st.sampled_from(inputs.LAYOUTS),
@@ -227,7 +231,14 @@ def test_any_shape_matches_float64(
 
 @pytest.mark.parametrize(
     ("length", "head_dim", "blocks"),
-    [(8192, 128, (128, 128)), (8192, 64, (64, 64)), (8192 - 77, 128, (128, 64))],
+    [
+        (8192, 128, (128, 128)),
+        (8192, 64, (64, 64)),
+        (8192 - 77, 128, (128, 64)),
+        (8192, 64, (128, 128)),
+        (8192, 256, (128, 128)),
+        (8192 - 77, 256, (128, 64)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_long_input_matches_float64(

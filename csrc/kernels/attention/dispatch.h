@@ -29,7 +29,9 @@ constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size)
          (q_block_size == 64 && k_block_size == 64);
 }
 
-constexpr bool head_dim_supported(int64_t head_dim) { return head_dim == 64 || head_dim == 128; }
+constexpr bool head_dim_supported(int64_t head_dim) {
+  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+}
 
 // One TMA descriptor covers (rows, head_dim, heads, batch): 16-byte aligned strides and start.
 inline bool tma_compatible(const TensorView& x) {
@@ -43,7 +45,7 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
             "unsupported: the GPU's compute capability is under 8.0"};
   }
   if (!head_dim_supported(traits.head_dim)) {
-    return {AttentionKernel::kUnsupported, "unsupported: head_dim must be 64 or 128"};
+    return {AttentionKernel::kUnsupported, "unsupported: head_dim must be 64, 128 or 256"};
   }
   if (!block_sizes_supported(traits.q_block_size, traits.k_block_size)) {
     return {AttentionKernel::kUnsupported,

@@ -18,15 +18,26 @@ cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams&
                ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
                : sm90::launch_attention<Element, kHeadDim, 128>(params, stream);
   }
-  return params.q_block_size == 64 ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
-                                   : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
+  if constexpr (kHeadDim == 256) {
+    return sm80::launch_attention<Element, kHeadDim, 64>(params, stream);
+  } else {
+    return params.q_block_size == 64
+               ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
+               : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
+  }
 }
 
 template <typename Element>
 cudaError_t launch_dtype(AttentionKernel kernel, const SparseAttentionParams& params,
                          cudaStream_t stream) {
-  return params.head_dim == 64 ? launch_head_dim<Element, 64>(kernel, params, stream)
-                               : launch_head_dim<Element, 128>(kernel, params, stream);
+  switch (params.head_dim) {
+    case 64:
+      return launch_head_dim<Element, 64>(kernel, params, stream);
+    case 128:
+      return launch_head_dim<Element, 128>(kernel, params, stream);
+    default:
+      return launch_head_dim<Element, 256>(kernel, params, stream);
+  }
 }
 
 template <typename Element>
@@ -35,11 +46,14 @@ void describe_dtype(std::vector<KernelInfo>& kernels) {
   sm80::describe_attention<Element, 64, 128>(kernels);
   sm80::describe_attention<Element, 128, 64>(kernels);
   sm80::describe_attention<Element, 128, 128>(kernels);
+  sm80::describe_attention<Element, 256, 64>(kernels);
   if (has_sm90_kernels()) {
     sm90::describe_attention<Element, 64, 64>(kernels);
     sm90::describe_attention<Element, 64, 128>(kernels);
     sm90::describe_attention<Element, 128, 64>(kernels);
     sm90::describe_attention<Element, 128, 128>(kernels);
+    sm90::describe_attention<Element, 256, 64>(kernels);
+    sm90::describe_attention<Element, 256, 128>(kernels);
   }
 }
 

@@ -9,15 +9,15 @@
 
 namespace prism::sm80 {
 
-// Four warps share kTileM query rows of one query block (kTileM is the query block size) and walk
-// the kept keys kTileN at a time: at head_dim 128 the output and score accumulators of two
-// 16-row fragments a warp just fit into 255 registers.
+// Four warps share kTileM query rows of one query block and walk the kept keys kTileN at a time: at
+// head_dim 128 the output and score accumulators of two 16-row fragments a warp just fit into 255
+// registers. kTileM is the query block size, or half of it at head_dim 256.
 template <typename Element_, int kHeadDim_, int kTileM_>
 struct AttentionConfig {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileM = kTileM_;
-  static constexpr int kTileN = 64;
+  static constexpr int kTileN = kHeadDim == 256 ? 32 : 64;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   // K is loaded one tile ahead; V has QK^T and the softmax of its own tile to arrive. A second V

@@ -94,9 +94,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   constexpr int kTileN = Config::kTileN;
   constexpr int kHeadDim = Config::kHeadDim;
 
-  const int q_blocks = (params.q_len + kTileM - 1) / kTileM;
+  const int q_tiles = (params.q_len + kTileM - 1) / kTileM;
+  const int q_blocks = (params.q_len + params.q_block_size - 1) / params.q_block_size;
   const int k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
-  const TileCoord tile(params, static_cast<int>(blockIdx.x), q_blocks, section);
+  const TileCoord tile(params, static_cast<int>(blockIdx.x), q_tiles, section);
   const TileRows rows(params, tile.q_block, kTileM);
 
   const Element* q = static_cast<const Element*>(params.q.data) +
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
                      tile.batch * params.v.batch_stride + tile.kv_head * params.v.head_stride;
   const int64_t head_index = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
-      params.bits + (head_index * q_blocks + tile.q_block) * ((k_blocks + 31) / 32);
+      params.bits + (head_index * q_blocks + rows.first / params.q_block_size) * ((k_blocks + 31) / 32);
   BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
 
   extern __shared__ uint128_t smem[];
@@ -262,8 +263,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 template <typename Element, int kHeadDim, int kTileM>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
   using Config = AttentionConfig<Element, kHeadDim, kTileM>;
-  const int64_t q_blocks = (static_cast<int64_t>(params.q_len) + kTileM - 1) / kTileM;
-  const int64_t grid = q_blocks * params.q_heads * params.batch;
+  const int64_t q_tiles = (static_cast<int64_t>(params.q_len) + kTileM - 1) / kTileM;
+  const int64_t grid = q_tiles * params.q_heads * params.batch;
   if (grid > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidConfiguration;
   }

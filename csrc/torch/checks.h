@@ -42,6 +42,9 @@ std::string shape_string(const Tensor& tensor);
 // float32 on the CPU), head_dim 64 or 128.
 void check_activation(const char* op, const char* name, const Tensor& tensor);
 
+// q and k of one call: one device and dtype, agreeing shapes, whole GQA groups.
+void check_qk(const char* op, const Tensor& q, const Tensor& k);
+
 // q, k, v of one call: one device and dtype, agreeing shapes, whole GQA groups.
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
 

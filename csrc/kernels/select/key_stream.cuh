@@ -54,10 +54,10 @@ __device__ inline void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b0), "r"(b1));
+      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// A slice of the query rows in float16 pairs as mma's A operand: {row 01, row 23, row + 8 01,
+// A slice of the query rows in float16 pairs as mma's A operand: {row 01, row + 8 01, row 23,
 // row + 8 23} for row lane / 4 and dimensions 4 (lane % 4) + 0 to 3.
 template <int kHeadDim>
 using QueryTiles = uint4[kRowTiles][kHeadDim / kDimSlice][2][32];

@@ -19,7 +19,7 @@ class SelectCta {
   using Storage = SharedStorage<kHeadDim, kCluster, kStages>;
 
   __device__ SelectCta(const SelectBlocksParams& params, Storage& shared)
-      : params_(params), shared_(shared), rank_(ThisCluster::rank()) {
+      : params_(params), shared_(shared) {
     const int kv_heads = static_cast<int>(params.batch) * params.kv_heads;
     const int index = static_cast<int>(blockIdx.x) / kCluster;
     const int group = params.q_heads / params.kv_heads;
@@ -71,13 +71,16 @@ class SelectCta {
   using Tiles = WarpTiles<kCluster>;
   using ThisCluster = Cluster<kCluster>;
 
+  __device__ static int rank() { return ThisCluster::rank(); }
   __device__ static int own_row() { return threadIdx.x / kRowLanes; }
   __device__ static int own_lane() { return threadIdx.x % kRowLanes; }
   // The four rows a thread holds scores of.
   __device__ static int held_row(int i) { return i / 2 * 16 + i % 2 * 8 + threadIdx.x % 32 / 4; }
 
-  __device__ int cta_tiles() const { return (scored_words_ - rank_ + kCluster - 1) / kCluster * 4; }
-  __device__ Tiles tiles(int segment) const { return Tiles(segment, cta_tiles(), rank_); }
+  __device__ int cta_tiles() const {
+    return (scored_words_ - rank() + kCluster - 1) / kCluster * 4;
+  }
+  __device__ Tiles tiles(int segment) const { return Tiles(segment, cta_tiles(), rank()); }
 
   // Query head over the batch, and query block.
   __device__ int q_head(int row) const {
@@ -105,6 +108,7 @@ class SelectCta {
           kLog2E * logit_scale(params_, q, k, kLowEnergy, params_.low.size);
       shared_.visible[own_row()] = visible;
       shared_.counts[own_row()] = 0;
+      shared_.exchanges[own_row()] = 0;
       shared_.keep_all[own_row()] = params_.top_p >= 1.0;
     }
     __syncwarp();
@@ -145,8 +149,12 @@ class SelectCta {
       auto& tile = shared_.queries[own_row() / 16][quad / 4];
       const int lane = own_row() % 8 * 4 + quad % 4;
       const int half = own_row() / 8 % 2;
-      reinterpret_cast<uint2*>(&tile[0][lane])[half] = {split.x, split.y};
-      reinterpret_cast<uint2*>(&tile[1][lane])[half] = {split.z, split.w};
+      auto* nearest = reinterpret_cast<uint32_t*>(&tile[0][lane]);
+      auto* rest = reinterpret_cast<uint32_t*>(&tile[1][lane]);
+      nearest[half] = split.x;
+      nearest[half + 2] = split.y;
+      rest[half] = split.z;
+      rest[half + 2] = split.w;
     }
     if (own_lane() == 0) {
       const float scale = shared_.band_scale[band_index][own_row()] * factor.inverse;
@@ -519,16 +527,19 @@ class SelectCta {
       row = shuffled(row, offset);
     }
     if constexpr (kCluster > 1) {
-      // A CTA that is ahead writes the other buffer: it cannot be two exchanges ahead.
-      exchange_ ^= 1;
+      // Two buffers in turn: a CTA that is ahead cannot be two exchanges ahead.
+      auto& exchange = shared_.exchange[shared_.exchanges[own_row()] % 2];
       if (own_lane() < kCluster) {
-        *ThisCluster::of_peer(&shared_.exchange[exchange_][rank_][own_row()], own_lane()) = row;
+        *ThisCluster::of_peer(&exchange[rank()][own_row()], own_lane()) = row;
       }
       ThisCluster::sync();
-      row = shared_.exchange[exchange_][0][own_row()];
+      if (own_lane() == 0) {
+        ++shared_.exchanges[own_row()];
+      }
+      row = exchange[0][own_row()];
 #pragma unroll
       for (int peer = 1; peer < kCluster; ++peer) {
-        row = merge(row, shared_.exchange[exchange_][peer][own_row()]);
+        row = merge(row, exchange[peer][own_row()]);
       }
     }
     held[0] = row;
@@ -545,7 +556,7 @@ class SelectCta {
     for (int i = own_lane(); i < kSegmentWords; i += kRowLanes) {
       const int word = segment * kSegmentWords + i;
       if (own_row() < shared_.tile.rows && word < words) {
-        uint32_t* target = row_words(own_row()) + word * kCluster + rank_;
+        uint32_t* target = row_words(own_row()) + word * kCluster + rank();
         const uint32_t kept = shared_.words[own_row()][i];
         *target = add ? *target | kept : kept;
       }
@@ -555,7 +566,7 @@ class SelectCta {
   // Adds what is kept in any case, counts, and writes whole rows: each CTA of the cluster its part.
   __device__ void write_rows(int scored_words) {
     constexpr int kThreadsOfRow = kRowLanes * kCluster;
-    const int row = rank_ * (kRows / kCluster) + threadIdx.x / kThreadsOfRow;
+    const int row = rank() * (kRows / kCluster) + threadIdx.x / kThreadsOfRow;
     const bool exists = row < shared_.tile.rows;
     if (exists) {
       const RowRange range = row_range(params_, q_block(row));
@@ -585,10 +596,8 @@ class SelectCta {
 
   const SelectBlocksParams& params_;
   Storage& shared_;
-  int rank_;
   int scored_words_;  // mask words of keys that some row sees
   int segments_;
-  int exchange_ = 0;
 };
 
 }  // namespace prism

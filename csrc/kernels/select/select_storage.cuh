@@ -41,6 +41,7 @@ struct SharedStorage {
   int list_size[kRows];
   int visible[kRows];
   int counts[kRows];
+  int exchanges[kRows];
   int keep_all[kRows];
   // weight = exp2(score * scale - shift)
   float scale[kRows];

@@ -17,7 +17,7 @@ import prism_cuda  # noqa: F401  registers the ops
 
 HIGH, LOW = oracle.half_split_bands(64, 32, 48)
 OPS = ("block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill")
-DIFFERENTIABLE = ("block_pool", "estimate_blocks", "sparse_attention", "prefill")
+DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
 
 
 def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[torch.Tensor]:
@@ -154,7 +154,8 @@ def test_exported_program_equals_eager_at_another_length(device: str) -> None:
     tensors = qkv(device, 333)
     assert_same(program.module()(*tensors), _chain(*tensors))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {f"prism.{name}.default" for name in OPS[:3]} <= called
+    chained = ("block_pool", "select_blocks", "sparse_attention")
+    assert {f"prism.{name}.default" for name in chained} <= called
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

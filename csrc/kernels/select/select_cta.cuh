@@ -27,6 +27,9 @@ class SelectCta {
     // The last rows see the most keys: they go first.
     const int first = ((rows + kRows - 1) / kRows - 1 - index / kv_heads) * kRows;
     const int last = min(first + kRows, rows) - 1;
+    const int scored_words = (row_range(params, last / group).visible + 31) / 32;
+    const int most_words = (scored_words + kCluster - 1) / kCluster;
+    segments_ = (most_words + kSegmentWords - 1) / kSegmentWords;
     if (threadIdx.x == 0) {
       const SelectWorkspace workspace(params);
       shared.tile = {first,
@@ -34,18 +37,16 @@ class SelectCta {
                      last - first + 1,
                      group,
                      row_range(params, first / group).visible,
+                     scored_words,
                      workspace.key_tiles + index % kv_heads * (workspace.padded_keys / kKeyTile) *
                                                (kHeadDim / kDimSlice * 32),
                      {band_slices(params.high), band_slices(params.low)}};
     }
-    scored_words_ = (row_range(params, last / group).visible + 31) / 32;
-    const int most_words = (scored_words_ + kCluster - 1) / kCluster;
-    segments_ = (most_words + kSegmentWords - 1) / kSegmentWords;
   }
 
   __device__ void run() {
     __syncthreads();  // shared_.tile
-    const bool scored = params_.top_p < 1.0 && scored_words_ > 0;
+    const bool scored = params_.top_p < 1.0 && shared_.tile.scored_words > 0;
     Stream stream(shared_.keys);
     const int first_band = shared_.tile.slices[0] != 0 ? 0 : 1;
     if (scored && segments_ == 1) {
@@ -62,7 +63,7 @@ class SelectCta {
       }
     }
     ThisCluster::sync();
-    write_rows(scored ? scored_words_ : 0);
+    write_rows(scored ? shared_.tile.scored_words : 0);
     ThisCluster::sync();  // peers may still read this CTA's words
   }
 
@@ -78,7 +79,7 @@ class SelectCta {
   __device__ static int held_row(int i) { return i / 2 * 16 + i % 2 * 8 + threadIdx.x % 32 / 4; }
 
   __device__ int cta_tiles() const {
-    return (scored_words_ - rank() + kCluster - 1) / kCluster * 4;
+    return (shared_.tile.scored_words - rank() + kCluster - 1) / kCluster * 4;
   }
   __device__ Tiles tiles(int segment) const { return Tiles(segment, cta_tiles(), rank()); }
 
@@ -596,7 +597,6 @@ class SelectCta {
 
   const SelectBlocksParams& params_;
   Storage& shared_;
-  int scored_words_;  // mask words of keys that some row sees
   int segments_;
 };
 

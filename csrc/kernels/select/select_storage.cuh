@@ -22,6 +22,7 @@ struct RowTile {
   int rows;                 // that exist
   int group;                // query heads of a kv head
   int everywhere_visible;   // keys that every row sees
+  int scored_words;         // mask words of keys that some row sees
   const uint4* head_tiles;  // of the kv head
   uint32_t slices[2];       // of 16 dimensions that hold any of the high, the low band
 };

@@ -35,8 +35,8 @@ def _elapsed_ms(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _repetitions(first_ms: float, budget_ms: float) -> int:
-    return int(min(100, max(5, budget_ms / max(first_ms, 1e-3))))
+def _repetitions(first_ms: float, budget_ms: float, least: int) -> int:
+    return int(min(100, max(least, budget_ms / max(first_ms, 1e-3))))
 
 
 def measure(
@@ -46,11 +46,13 @@ def measure(
     *,
     warmup: int = 3,
     budget_ms: float = 400.0,
+    least: int = 5,
 ) -> float:
     """Median milliseconds of one `call`, taking the inputs in turn.
 
     eager: each call by itself, host overhead included. graph: one CUDA graph that holds a call on
-    every input, replayed; the time of a replay divided by the number of inputs.
+    every input, replayed; the time of a replay divided by the number of inputs. At least `least`
+    times, more where `budget_ms` allows.
     """
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; allowed: {MODES}")
@@ -58,7 +60,7 @@ def measure(
         call(inputs[i % len(inputs)])
     torch.cuda.synchronize()
     if mode == "eager":
-        count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms)
+        count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms, least)
         return median(_elapsed_ms(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count))
 
     graph = torch.cuda.CUDAGraph()
@@ -66,5 +68,20 @@ def measure(
         for one in inputs:
             call(one)
     graph.replay()
-    count = _repetitions(_elapsed_ms(graph.replay), budget_ms)
+    count = _repetitions(_elapsed_ms(graph.replay), budget_ms, least)
     return median(_elapsed_ms(graph.replay) for _ in range(count)) / len(inputs)
+
+
+def measure_once_if_long(
+    call: Callable[[], object], *, long_ms: float = 1000.0, budget_ms: float = 200.0
+) -> tuple[float, str]:
+    """Milliseconds of a graph replay and "graph", or of the first call and "once" if that is long.
+
+    Whatever the first call would compile has to be compiled already.
+    """
+    first = _elapsed_ms(call)
+    if first > long_ms:
+        return first, "once"
+    return measure(
+        lambda _: call(), [None], "graph", warmup=1, budget_ms=budget_ms, least=3
+    ), "graph"

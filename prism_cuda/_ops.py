@@ -99,6 +99,28 @@ def _fake_select_blocks(
     )
 
 
+def _fake_estimate_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    high_band: list[int],
+    low_band: list[int],
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, q_heads, q_len, _ = q.shape
+    q_blocks = (q_len + q_block_size - 1) // q_block_size
+    k_blocks = (k.shape[2] + k_block_size - 1) // k_block_size
+    words = (k_blocks + WORD_BITS - 1) // WORD_BITS
+    return (
+        q.new_empty((batch, q_heads, q_blocks, words), dtype=torch.int32),
+        q.new_empty((batch, q_heads, q_blocks), dtype=torch.int32),
+    )
+
+
 def _fake_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -127,21 +149,18 @@ def _fake_prefill(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, q_heads, q_len, _ = q.shape
-    q_blocks = (q_len + q_block_size - 1) // q_block_size
-    k_blocks = (k.shape[2] + k_block_size - 1) // k_block_size
-    words = (k_blocks + WORD_BITS - 1) // WORD_BITS
     return (
-        torch.empty_like(q),
-        q.new_empty((batch, q_heads, q_len), dtype=torch.float32),
-        q.new_empty((batch, q_heads, q_blocks, words), dtype=torch.int32),
-        q.new_empty((batch, q_heads, q_blocks), dtype=torch.int32),
+        *_fake_sparse_attention(q, k, v, q, q),
+        *_fake_estimate_blocks(
+            q, k, high_band, low_band, top_p, q_block_size=q_block_size, k_block_size=k_block_size
+        ),
     )
 
 
 _FAKE_KERNELS: dict[str, Callable] = {
     "block_pool": _fake_block_pool,
     "select_blocks": _fake_select_blocks,
+    "estimate_blocks": _fake_estimate_blocks,
     "sparse_attention": _fake_sparse_attention,
     "prefill": _fake_prefill,
 }

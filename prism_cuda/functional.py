@@ -140,14 +140,19 @@ def select_blocks(
     """
     config = config or PrismConfig()
     _ops.load()
-    return _select(
-        *_pool(q, k, config),
-        q.shape[2],
-        k.shape[2],
-        config.resolve_bands(q.shape[-1]),
-        config,
+    high, low = config.resolve_bands(q.shape[-1]).ranges
+    bits, counts = torch.ops.prism.estimate_blocks(
+        q,
+        k,
+        high,
+        low,
+        config.top_p,
+        config.keep_sink,
+        config.keep_recent,
         causal,
+        *config.block_sizes,
     )
+    return BlockMask(bits, counts, q.shape[2], k.shape[2], *config.block_sizes, causal)
 
 
 def sparse_attention(

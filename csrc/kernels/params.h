@@ -9,8 +9,7 @@ enum class DType : int32_t { kFloat16, kBFloat16 };
 
 constexpr int kMaxBandRanges = 8;
 constexpr int kMaxHeadDim = 128;
-// One row of float scores has to fit beside the query rows in the 99 KB of shared memory that
-// every supported GPU offers.
+// Limited by tests, not by memory: longer rows only take more passes.
 constexpr int64_t kMaxSelectKeyBlocks = 16384;
 
 // A (batch, heads, rows, head_dim) tensor whose last stride is 1. Strides count elements.
@@ -40,8 +39,8 @@ struct Band {
 
 struct SelectBlocksParams {
   TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
-  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float
-  float* energies;     // workspace (batch, q_heads + kv_heads, 3), sums of squares: high, low, all
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
+  void* workspace;     // SelectWorkspace::bytes(*this), 16-byte aligned
   uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
   int64_t batch;
@@ -60,6 +59,14 @@ struct SelectBlocksParams {
   int64_t keep_sink;
   int64_t keep_recent;
   bool causal;
+};
+
+// Pools q and k in one launch: q's means for select.q_means, k's straight into its workspace.
+struct EstimatePoolParams {
+  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
+  DType dtype;
 };
 
 struct SparseAttentionParams {

@@ -83,24 +83,36 @@ void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* 
               kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name, "'s heads");
 }
 
+namespace {
+
+// What k and v have in common with q.
+void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
+  check_same_device(op, name, tensor, "q", q);
+  PRISM_CHECK(tensor.scalar_type() == q.scalar_type(), op, name, " has dtype ",
+              torch::headeronly::toString(tensor.scalar_type()), "; expected q's, ",
+              torch::headeronly::toString(q.scalar_type()));
+  PRISM_CHECK(tensor.size(0) == q.size(0), op, name, " has batch size ", tensor.size(0),
+              "; expected q's, ", q.size(0));
+  PRISM_CHECK(tensor.size(3) == q.size(3), op, name, " has head_dim ", tensor.size(3),
+              "; expected q's, ", q.size(3));
+}
+
+}  // namespace
+
+void check_qk(const char* op, const Tensor& q, const Tensor& k) {
+  check_activation(op, "q", q);
+  check_activation(op, "k", k);
+  check_estimated(op, "q", q);
+  check_like_q(op, "k", k, q);
+  check_gqa(op, "q", q.size(1), "k", k.size(1));
+}
+
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_activation(op, "q", q);
   check_activation(op, "k", k);
   check_activation(op, "v", v);
-  const struct {
-    const char* name;
-    const Tensor& tensor;
-  } others[] = {{"k", k}, {"v", v}};
-  for (const auto& other : others) {
-    check_same_device(op, other.name, other.tensor, "q", q);
-    PRISM_CHECK(other.tensor.scalar_type() == q.scalar_type(), op, other.name, " has dtype ",
-                torch::headeronly::toString(other.tensor.scalar_type()), "; expected q's, ",
-                torch::headeronly::toString(q.scalar_type()));
-    PRISM_CHECK(other.tensor.size(0) == q.size(0), op, other.name, " has batch size ",
-                other.tensor.size(0), "; expected q's, ", q.size(0));
-    PRISM_CHECK(other.tensor.size(3) == q.size(3), op, other.name, " has head_dim ",
-                other.tensor.size(3), "; expected q's, ", q.size(3));
-  }
+  check_like_q(op, "k", k, q);
+  check_like_q(op, "v", v, q);
   PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ", shape_string(v),
               "; expected k's, ", shape_string(k));
   check_gqa(op, "q", q.size(1), "k", k.size(1));

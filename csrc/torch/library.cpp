@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, bool causal=True, "
       "int q_block_size=128, int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
+      "estimate_blocks(Tensor q, Tensor k, int[] high_band, int[] low_band, float top_p, "
+      "int keep_sink=1, int keep_recent=1, bool causal=True, int q_block_size=128, "
+      "int k_block_size=128) -> (Tensor bits, Tensor counts)");
+  m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
       "-> (Tensor out, Tensor lse)");
@@ -28,6 +32,7 @@ STABLE_TORCH_LIBRARY(prism, m) {
 static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("block_pool", TORCH_BOX(&prism::block_pool));
   m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
+  m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
   m.impl("prefill", TORCH_BOX(&prism::prefill));
 }

@@ -22,6 +22,13 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
                                          int64_t keep_sink, int64_t keep_recent, bool causal,
                                          int64_t q_block_size, int64_t k_block_size);
 
+// block_pool of q and of k, and select_blocks, without the means in between.
+std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
+                                           const std::vector<int64_t>& high_band,
+                                           const std::vector<int64_t>& low_band, double top_p,
+                                           int64_t keep_sink, int64_t keep_recent, bool causal,
+                                           int64_t q_block_size, int64_t k_block_size);
+
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,

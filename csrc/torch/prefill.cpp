@@ -4,7 +4,7 @@
 
 namespace prism {
 
-// Pool, select, attend, with nothing read back in between. The arguments are checked here first
+// Estimate, then attend, with nothing read back in between. The arguments are checked here first
 // so that a wrong call is refused under this op's name before the first launch.
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,
@@ -19,11 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
 #ifdef PRISM_WITH_CUDA
   const NvtxRange range("prism.prefill");
 #endif
-  const Tensor q_means = block_pool(q, q_block_size);
-  const Tensor k_means = block_pool(k, k_block_size);
-  const auto [bits, counts] =
-      select_blocks(q_means, k_means, q.size(2), k.size(2), high_band, low_band, top_p, keep_sink,
-                    keep_recent, causal, q_block_size, k_block_size);
+  const auto [bits, counts] = estimate_blocks(q, k, high_band, low_band, top_p, keep_sink,
+                                              keep_recent, causal, q_block_size, k_block_size);
   const auto [out, lse] =
       sparse_attention(q, k, v, bits, counts, softmax_scale, causal, q_block_size, k_block_size);
   return {out, lse, bits, counts};

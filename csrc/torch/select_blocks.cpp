@@ -4,9 +4,11 @@
 #include "torch/cuda_context.h"
 #include "torch/ops.h"
 #include "torch/reference.h"
+#include "torch/selection.h"
 
 #ifdef PRISM_WITH_CUDA
 #include "kernels/select/select_blocks.h"
+#include "kernels/select/workspace.h"
 #endif
 
 namespace prism {
@@ -36,52 +38,58 @@ void check_means(const char* name, const Tensor& means, const char* length_name,
 
 #ifdef PRISM_WITH_CUDA
 std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tensor& k_means,
-                                              int64_t q_len, int64_t k_len,
-                                              const SelectionBands& bands, double top_p,
-                                              int64_t keep_sink, int64_t keep_recent, bool causal,
-                                              int64_t q_block_size, int64_t k_block_size) {
+                                              const SelectionSettings& settings) {
   const CudaContext context(kOp, q_means);
   const NvtxRange range("prism.select");
-  PRISM_CHECK(k_means.size(2) <= kMaxSelectKeyBlocks, kOp, "k_means has ", k_means.size(2),
-              " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
-  const int64_t batch = q_means.size(0);
-  const int64_t q_heads = q_means.size(1);
-  const int64_t kv_heads = k_means.size(1);
-  const int64_t q_blocks = q_means.size(2);
-  const int64_t k_blocks = k_means.size(2);
-  Tensor bits = torch::stable::new_empty(
-      q_means, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)}, ScalarType::Int);
-  Tensor counts = torch::stable::new_empty(q_means, {batch, q_heads, q_blocks}, ScalarType::Int);
-  Tensor energies =
-      torch::stable::new_empty(q_means, {batch, q_heads + kv_heads, 3}, ScalarType::Float);
-  SelectBlocksParams params;
-  params.q_means = view(q_means);
-  params.k_means = view(k_means);
-  params.energies = static_cast<float*>(energies.data_ptr());
-  params.bits = static_cast<uint32_t*>(bits.data_ptr());
-  params.counts = static_cast<int32_t*>(counts.data_ptr());
-  params.batch = batch;
-  params.q_heads = static_cast<int>(q_heads);
-  params.kv_heads = static_cast<int>(kv_heads);
-  params.q_len = q_len;
-  params.k_len = k_len;
-  params.q_blocks = q_blocks;
-  params.k_blocks = k_blocks;
-  params.head_dim = static_cast<int>(q_means.size(3));
-  params.q_block_size = static_cast<int>(q_block_size);
-  params.k_block_size = static_cast<int>(k_block_size);
-  params.high = bands.high;
-  params.low = bands.low;
-  params.top_p = top_p;
-  params.keep_sink = keep_sink;
-  params.keep_recent = keep_recent;
-  params.causal = causal;
-  context.check(launch_select_blocks(params, context.stream()));
-  return {bits, counts};
+  Selection selection =
+      make_selection(kOp, "k_means", q_means, q_means.size(1), k_means.size(1), settings);
+  selection.params.q_means = view(q_means);
+  selection.params.k_means = view(k_means);
+  context.check(launch_prepare_means(selection.params, context.stream()));
+  context.check(launch_select_blocks(selection.params, context.sm(), context.stream()));
+  return {selection.bits, selection.counts};
 }
 #endif
 
 }  // namespace
+
+#ifdef PRISM_WITH_CUDA
+Selection make_selection(const char* op, const char* keys, const Tensor& like, int64_t q_heads,
+                         int64_t kv_heads, const SelectionSettings& settings) {
+  const int64_t batch = like.size(0);
+  const int64_t q_blocks = ceil_div(settings.q_len, settings.q_block_size);
+  const int64_t k_blocks = ceil_div(settings.k_len, settings.k_block_size);
+  PRISM_CHECK(k_blocks <= kMaxSelectKeyBlocks, op, keys, " has ", k_blocks,
+              " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
+  SelectBlocksParams params = {};
+  params.batch = batch;
+  params.q_heads = static_cast<int>(q_heads);
+  params.kv_heads = static_cast<int>(kv_heads);
+  params.q_len = settings.q_len;
+  params.k_len = settings.k_len;
+  params.q_blocks = q_blocks;
+  params.k_blocks = k_blocks;
+  params.head_dim = static_cast<int>(like.size(3));
+  params.q_block_size = static_cast<int>(settings.q_block_size);
+  params.k_block_size = static_cast<int>(settings.k_block_size);
+  params.high = settings.bands.high;
+  params.low = settings.bands.low;
+  params.top_p = settings.top_p;
+  params.keep_sink = settings.keep_sink;
+  params.keep_recent = settings.keep_recent;
+  params.causal = settings.causal;
+  Selection selection{
+      torch::stable::new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
+                               ScalarType::Int),
+      torch::stable::new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
+      torch::stable::new_empty(like, {SelectWorkspace::bytes(params) / 4}, ScalarType::Float),
+      params};
+  selection.params.workspace = selection.workspace.data_ptr();
+  selection.params.bits = static_cast<uint32_t*>(selection.bits.data_ptr());
+  selection.params.counts = static_cast<int32_t*>(selection.counts.data_ptr());
+  return selection;
+}
+#endif
 
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_means,
                                          int64_t q_len, int64_t k_len,
@@ -107,8 +115,9 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
-  return select_blocks_cuda(q_means, k_means, q_len, k_len, bands, top_p, keep_sink, keep_recent,
-                            causal, q_block_size, k_block_size);
+  return select_blocks_cuda(
+      q_means, k_means,
+      {q_len, k_len, bands, top_p, keep_sink, keep_recent, causal, q_block_size, k_block_size});
 #else
   fail_without_cuda(kOp);
 #endif

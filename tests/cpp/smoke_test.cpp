@@ -17,6 +17,7 @@
 #include "kernels/introspect.h"
 #include "kernels/pool/block_pool.h"
 #include "kernels/select/select_blocks.h"
+#include "kernels/select/workspace.h"
 
 namespace {
 
@@ -150,23 +151,16 @@ bool selected(const Shape& shape, const Mask& mask, int head, int q_block, int k
   return mask.bits[row * shape.words() + k_block / 32] >> (k_block % 32) & 1;
 }
 
-// top_p = 1 keeps what is visible, no more and no less.
-void test_select_blocks(const Shape& shape, const DeviceBuffer<float>& q_means,
-                        const DeviceBuffer<float>& k_means) {
-  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
-  DeviceBuffer<float> energies(3 * (shape.q_heads + shape.kv_heads));
-  DeviceBuffer<uint32_t> bits(rows * shape.words());
-  DeviceBuffer<int32_t> counts(rows);
-  const auto view = [&](const DeviceBuffer<float>& means, int heads, int blocks) {
-    return prism::TensorView{means.get(), int64_t(heads) * blocks * shape.head_dim,
-                             int64_t(blocks) * shape.head_dim, shape.head_dim};
-  };
+int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "attribute");
+  return 10 * major + minor;
+}
+
+prism::SelectBlocksParams select_params(const Shape& shape, double top_p) {
   prism::SelectBlocksParams params = {};
-  params.q_means = view(q_means, shape.q_heads, shape.q_blocks());
-  params.k_means = view(k_means, shape.kv_heads, shape.k_blocks());
-  params.energies = energies.get();
-  params.bits = bits.get();
-  params.counts = counts.get();
   params.batch = 1;
   params.q_heads = shape.q_heads;
   params.kv_heads = shape.kv_heads;
@@ -181,13 +175,61 @@ void test_select_blocks(const Shape& shape, const DeviceBuffer<float>& q_means,
   params.high.size = 32;
   params.low.dims[0] = 0xffffffff00000000;  // dimensions 32 to 63
   params.low.size = 32;
-  params.top_p = 1;
+  params.top_p = top_p;
   params.keep_sink = 1;
   params.keep_recent = 1;
   params.causal = true;
-  check(prism::launch_select_blocks(params, nullptr), "select_blocks");
+  return params;
+}
 
-  const Mask mask = {bits.host(), counts.host()};
+prism::TensorView view_of(const DeviceBuffer<float>& means, int heads, int blocks, int head_dim) {
+  return {means.get(), int64_t(heads) * blocks * head_dim, int64_t(blocks) * head_dim, head_dim};
+}
+
+// From finished means. `sm` below 90 takes the way of GPUs without clusters.
+Mask select_from_means(const Shape& shape, const DeviceBuffer<float>& q_means,
+                       const DeviceBuffer<float>& k_means, double top_p, int sm) {
+  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
+  prism::SelectBlocksParams params = select_params(shape, top_p);
+  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params));
+  const DeviceBuffer<uint32_t> bits(rows * shape.words());
+  const DeviceBuffer<int32_t> counts(rows);
+  params.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
+  params.k_means = view_of(k_means, shape.kv_heads, shape.k_blocks(), shape.head_dim);
+  params.workspace = workspace.get();
+  params.bits = bits.get();
+  params.counts = counts.get();
+  check(prism::launch_prepare_means(params, nullptr), "prepare_means");
+  check(prism::launch_select_blocks(params, sm, nullptr), "select_blocks");
+  return {bits.host(), counts.host()};
+}
+
+// From q and k, pooled in one launch.
+Mask estimate(const Shape& shape, const Input& q, const Input& k, double top_p) {
+  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
+  prism::EstimatePoolParams params = {};
+  params.q = q.view();
+  params.k = k.view();
+  params.dtype = prism::DType::kBFloat16;
+  params.select = select_params(shape, top_p);
+  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params.select));
+  const DeviceBuffer<float> q_means(rows * shape.head_dim);
+  const DeviceBuffer<uint32_t> bits(rows * shape.words());
+  const DeviceBuffer<int32_t> counts(rows);
+  params.select.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
+  params.select.workspace = workspace.get();
+  params.select.bits = bits.get();
+  params.select.counts = counts.get();
+  check(prism::launch_estimate_pool(params, nullptr), "estimate_pool");
+  check(prism::launch_select_blocks(params.select, compute_capability(), nullptr), "select_blocks");
+  return {bits.host(), counts.host()};
+}
+
+// top_p = 1 keeps what is visible, no more and no less; below, all ways give the same mask.
+void test_select_blocks(const Shape& shape, const Input& q, const Input& k,
+                        const DeviceBuffer<float>& q_means, const DeviceBuffer<float>& k_means) {
+  const int sm = compute_capability();
+  const Mask mask = select_from_means(shape, q_means, k_means, 1, sm);
   int wrong = 0;
   for (int head = 0; head < shape.q_heads; ++head) {
     for (int i = 0; i < shape.q_blocks(); ++i) {
@@ -203,6 +245,20 @@ void test_select_blocks(const Shape& shape, const DeviceBuffer<float>& q_means,
     }
   }
   report("select_blocks", shape, wrong, 0);
+
+  const Mask some = select_from_means(shape, q_means, k_means, 0.5, sm);
+  const Mask portable = select_from_means(shape, q_means, k_means, 0.5, 80);
+  const Mask estimated = estimate(shape, q, k, 0.5);
+  const auto differing = [&](const Mask& other) {
+    int count = 0;
+    for (size_t i = 0; i < some.bits.size(); ++i) {
+      count += some.bits[i] != other.bits[i];
+    }
+    return count;
+  };
+  // Where a row's keys are divided otherwise, sums round otherwise: a near tie may go either way.
+  report("portable select", shape, differing(portable), shape.k_blocks() > 1024 ? 2 : 0);
+  report("estimate", shape, differing(estimated), 0);
 }
 
 // Half of the blocks at random; the first query block of head 0 has none.
@@ -235,10 +291,6 @@ void test_sparse_attention(const Shape& shape, const Input& q, const Input& k, c
   DeviceBuffer<int32_t> tile_counter(1);
   const double scale = 1 / std::sqrt(double(shape.head_dim));
 
-  int device = 0, major = 0, minor = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "attribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "attribute");
   prism::SparseAttentionParams params = {};
   params.q = q.view();
   params.k = k.view();
@@ -260,7 +312,7 @@ void test_sparse_attention(const Shape& shape, const Input& q, const Input& k, c
   params.scale = static_cast<float>(scale);
   params.causal = true;
   params.dtype = prism::DType::kBFloat16;
-  check(prism::launch_sparse_attention(params, 10 * major + minor, nullptr), "sparse_attention");
+  check(prism::launch_sparse_attention(params, compute_capability(), nullptr), "sparse_attention");
 
   const std::vector<__nv_bfloat16> result = out.host();
   const std::vector<float> result_lse = lse.host();
@@ -305,8 +357,18 @@ void test_shape(const Shape& shape) {
   const Input v(shape.kv_heads, shape.k_len, shape.head_dim, random);
   const DeviceBuffer<float> q_means = test_block_pool(shape, q, shape.q_block);
   const DeviceBuffer<float> k_means = test_block_pool(shape, k, shape.k_block);
-  test_select_blocks(shape, q_means, k_means);
+  test_select_blocks(shape, q, k, q_means, k_means);
   test_sparse_attention(shape, q, k, v, random);
+}
+
+// Selection alone, where the keys of a row do not fit one CTA's registers.
+void test_long_rows(const Shape& shape) {
+  std::mt19937 random(1);
+  const Input q(shape.q_heads, shape.q_len, shape.head_dim, random);
+  const Input k(shape.kv_heads, shape.k_len, shape.head_dim, random);
+  const DeviceBuffer<float> q_means = test_block_pool(shape, q, shape.q_block);
+  const DeviceBuffer<float> k_means = test_block_pool(shape, k, shape.k_block);
+  test_select_blocks(shape, q, k, q_means, k_means);
 }
 
 void test_introspection() {
@@ -331,6 +393,7 @@ int main() {
       test_shape({4, 1, 200, 333, head_dim, 64, 64});
       test_shape({3, 3, 257, 600, head_dim, 128, 64});
     }
+    test_long_rows({4, 2, 500, 100000, 128, 64, 64});  // 1,563 key blocks: clusters of 2
     test_introspection();
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   } catch (const std::exception& error) {

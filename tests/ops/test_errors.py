@@ -46,6 +46,8 @@ def good(name: str, device: str) -> Arguments:
     }
     if name == "prefill":
         return {**qkv, **SELECTION, **BLOCKS}
+    if name == "estimate_blocks":
+        return {"q": qkv["q"], "k": qkv["k"], **SELECTION, **BLOCKS}
     bits, counts = oracle.pack_bits(torch.ones(2, 4, 3, 4, dtype=torch.bool, device=device))
     return {**qkv, "bits": bits, "counts": counts, **BLOCKS}
 
@@ -138,7 +140,7 @@ WRONG += [
     ("select_blocks", "k_len", "-200", to(-200), "k_len"),
 ]
 NINE_RANGES = [d for start in range(0, 36, 4) for d in (start, start + 2)]
-for _op in ("select_blocks", "prefill"):
+for _op in ("select_blocks", "estimate_blocks", "prefill"):
     for _name in ("high_band", "low_band"):
         WRONG += [
             (_op, _name, str(band), to(band), _name)
@@ -161,7 +163,7 @@ for _op in ("select_blocks", "prefill"):
         for name in ("keep_sink", "keep_recent")
         for value in (-1,)
     ]
-for _op in ("sparse_attention", "select_blocks", "prefill"):
+for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "prefill"):
     WRONG += [
         (_op, name, str(size), to(size), "block_size")
         for name in BLOCKS
@@ -184,7 +186,9 @@ def refuse(name: str, arguments: Arguments, pattern: str) -> None:
     assert allocations() == before, "memory was allocated before the refusal"
 
 
-@pytest.mark.parametrize("name", ["block_pool", "select_blocks", "sparse_attention", "prefill"])
+@pytest.mark.parametrize(
+    "name", ["block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill"]
+)
 def test_the_right_call_is_accepted(name: str, device: str) -> None:
     getattr(torch.ops.prism, name)(**good(name, device))
 
@@ -204,12 +208,12 @@ def test_wrong_call_is_refused_by_name(
     refuse(name, arguments, pattern)
 
 
-@pytest.mark.parametrize("name", ["select_blocks", "prefill"])
+@pytest.mark.parametrize("name", ["select_blocks", "estimate_blocks", "prefill"])
 def test_two_empty_bands_are_refused(name: str, device: str) -> None:
     refuse(name, good(name, device) | {"high_band": [], "low_band": []}, "high_band.*low_band")
 
 
-@pytest.mark.parametrize("name", ["block_pool", "sparse_attention", "prefill"])
+@pytest.mark.parametrize("name", ["block_pool", "estimate_blocks", "sparse_attention", "prefill"])
 def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
     arguments = {
         key: value.float() if key in ("x", "q", "k", "v") else value
@@ -227,6 +231,7 @@ def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
         ("sparse_attention", "counts"),
         ("prefill", "k"),
         ("prefill", "v"),
+        ("estimate_blocks", "k"),
         ("select_blocks", "k_means"),
     ],
 )
@@ -246,6 +251,8 @@ def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str)
         ("sparse_attention", "bits"),
         ("sparse_attention", "counts"),
         ("prefill", "k"),
+        ("estimate_blocks", "q"),
+        ("estimate_blocks", "k"),
     ],
 )
 def test_missing_tensor_is_refused_by_name(name: str, argument: str, device: str) -> None:
@@ -264,7 +271,7 @@ def band_is_valid(band: list[int], head_dim: int) -> bool:
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["select_blocks", "prefill"]),
+    name=st.sampled_from(["select_blocks", "estimate_blocks", "prefill"]),
     argument=st.sampled_from(["high_band", "low_band"]),
     band=st.lists(st.integers(-8, 72), max_size=18).flatmap(
         lambda dims: st.sampled_from([dims, sorted(set(dims))])
@@ -295,7 +302,7 @@ WRONG_VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["select_blocks", "sparse_attention", "prefill"]),
+    name=st.sampled_from(["select_blocks", "estimate_blocks", "sparse_attention", "prefill"]),
     wrong=st.sampled_from(sorted(WRONG_VALUES)).flatmap(
         lambda argument: st.tuples(st.just(argument), WRONG_VALUES[argument])
     ),
@@ -312,7 +319,7 @@ def test_any_wrong_value_is_refused_by_name(on: str, name: str, wrong: tuple[str
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["sparse_attention", "prefill"]),
+    name=st.sampled_from(["estimate_blocks", "sparse_attention", "prefill"]),
     argument=st.sampled_from(["k", "v"]),
     batch=st.integers(0, 3),
     heads=st.integers(0, 5),
@@ -326,6 +333,9 @@ def test_any_shape_that_does_not_fit_is_refused(
     if on == "cuda":
         needs_cuda()
     shape = (batch, heads, length, head_dim)
+    if name == "estimate_blocks":  # any number of keys and any whole group fits
+        argument = "k"
+        assume((batch, head_dim) != (2, 64) or heads not in (1, 2, 4))
     assume(shape != (2, 2, 200, 64))
     wrong = torch.ones(shape, dtype=torch.bfloat16, device=on)
     refuse(name, good(name, on) | {argument: wrong}, r"\b[kv]\b")

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import prism_cuda  # noqa: F401  registers the ops
 
 HIGH, LOW = oracle.half_split_bands(64, 32, 48)
-OPS = ("block_pool", "select_blocks", "sparse_attention", "prefill")
+OPS = ("block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill")
 DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
 
 
@@ -41,7 +41,8 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             device,
         )
         return attention.op_arguments(), attention.settings
-    return (*qkv(device), HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
+    tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
+    return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
 
 def op(name: str) -> Any:
@@ -96,6 +97,7 @@ def test_meta_tensors_of_zero_length(name: str) -> None:
     calls: dict[str, Callable[[], Any]] = {
         "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
         "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
+        "estimate_blocks": lambda: torch.ops.prism.estimate_blocks(q, k, HIGH, LOW, 0.9),
         "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
         "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
     }
@@ -152,7 +154,8 @@ def test_exported_program_equals_eager_at_another_length(device: str) -> None:
     tensors = qkv(device, 333)
     assert_same(program.module()(*tensors), _chain(*tensors))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {f"prism.{name}.default" for name in OPS[:3]} <= called
+    chained = ("block_pool", "select_blocks", "sparse_attention")
+    assert {f"prism.{name}.default" for name in chained} <= called
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)

@@ -232,18 +232,89 @@ def test_any_setting_matches_float64(
     check_selection(kept(made), expected(made))
 
 
-@pytest.mark.parametrize(
-    ("blocks_per_row", "causal"), [(1024, True), (2048, True), (8192, True), (1024, False)]
-)
-def test_many_key_blocks_match_float64(cuda: str, blocks_per_row: int, causal: bool) -> None:
-    generator = torch.Generator(cuda).manual_seed(3)
-    q_means = torch.randn(1, 4, 40, 128, device=cuda, generator=generator)
-    k_means = torch.randn(1, 2, blocks_per_row, 128, device=cuda, generator=generator)
-    high_band, low_band = oracle.half_split_bands(128, 64, 96)
-    case = SelectInputs(
-        q_means, k_means, 40 * 128, blocks_per_row * 128, high_band, low_band, 0.9,
-        {"causal": causal},
+# One segment is 1,024 key blocks; beyond it clusters of 2, 4, 8 and 16 CTAs share a row.
+ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 127, 128, 129, 255, 257, 512, 1000, 1023, 1024, 1025,
+               1500, 2047, 2048, 2049, 3000, 4096, 4097, 8192, 8193, 16383, 16384)  # fmt: skip
+
+
+def long_rows(
+    device: str, k_blocks: int, *, top_p: float = 0.9, head_dim: int = 128, **settings: object
+) -> SelectInputs:
+    """40 query blocks (or as many as there are keys) of 4 heads at the end of long rows."""
+    generator = torch.Generator(device).manual_seed(3)
+    q_blocks = min(40, k_blocks)
+    return SelectInputs(
+        torch.randn(1, 4, q_blocks, head_dim, device=device, generator=generator),
+        torch.randn(1, 2, k_blocks, head_dim, device=device, generator=generator),
+        q_blocks * 128, k_blocks * 128,
+        *oracle.half_split_bands(head_dim, head_dim // 2, head_dim * 3 // 4), top_p, settings,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("k_blocks", ROW_LENGTHS)
+def test_any_row_length_matches_float64(cuda: str, k_blocks: int) -> None:
+    case = long_rows(cuda, k_blocks)
     keep, want = kept(case), expected(case)
-    assert 0.05 < want.keep[..., want.visible].double().mean() < 0.95
+    if k_blocks > 100:
+        assert 0.05 < want.keep[..., want.visible].double().mean() < 0.95
     check_selection(keep, want)
+
+
+@pytest.mark.parametrize("k_blocks", [1000, 2048, 5000, 16384])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.99, 0.9999])
+def test_long_rows_match_float64_at_any_p(cuda: str, k_blocks: int, top_p: float) -> None:
+    case = long_rows(cuda, k_blocks, top_p=top_p, causal=False)
+    check_selection(kept(case), expected(case))
+
+
+@pytest.mark.parametrize("k_blocks", [700, 3000, 9000])
+def test_long_rows_of_head_dim_64_match_float64(cuda: str, k_blocks: int) -> None:
+    case = long_rows(cuda, k_blocks, head_dim=64)
+    check_selection(kept(case), expected(case))
+
+
+@pytest.mark.parametrize("k_blocks", [1024, 2048, 4096, 16384])
+def test_long_rows_repeat_bit_identically(cuda: str, k_blocks: int) -> None:
+    case = long_rows(cuda, k_blocks)
+    first = run(case)
+    for _ in range(3):
+        for got, want in zip(run(case), first, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("k_blocks", [1000, 2100, 5000, 16384])
+def test_long_flat_rows_keep_the_lower_blocks(cuda: str, k_blocks: int) -> None:
+    """All weights tie: the last key block to keep is found by its index."""
+    case = long_rows(cuda, k_blocks, top_p=0.50031, keep_sink=0, keep_recent=0)
+    case.q_means = torch.zeros_like(case.q_means)
+    visible = k_blocks - 39 + torch.arange(40)
+    count = torch.ceil(case.top_p * visible.double())
+    want = torch.arange(k_blocks)[None, :] < count[:, None]
+    assert torch.equal(kept(case).cpu(), want.expand(1, 4, 40, k_blocks))
+
+
+@pytest.mark.parametrize("k_blocks", [1500, 16384])
+def test_an_undefined_key_in_a_long_row_keeps_everything(cuda: str, k_blocks: int) -> None:
+    case = long_rows(cuda, k_blocks)
+    case.k_means[0, 0, k_blocks // 2, 3] = math.nan
+    keep, want = kept(case), expected(case)
+    assert torch.equal(keep[0, :2], want.visible.expand_as(keep[0, :2]))
+    check_selection(keep, want)
+
+
+@pytest.mark.parametrize(
+    ("high_band", "low_band"),
+    [([1, 7, 30, 33, 64, 65, 100, 127], [5, 6]), ([], [3, 61]), ([0, 128], [127, 128])],
+)
+def test_bands_of_any_dimensions_match_float64(
+    device: str, high_band: list[int], low_band: list[int]
+) -> None:
+    case = select_inputs(SelectCase("bands", 1280, 1280, q_heads=4, head_dim=128), device)
+    case.high_band, case.low_band = high_band, low_band
+    check_selection(kept(case), expected(case))
+
+
+@pytest.mark.parametrize("q_heads", [1, 3, 7, 8, 33, 64])
+def test_any_group_of_heads_matches_float64(device: str, q_heads: int) -> None:
+    case = select_inputs(SelectCase("group", 640, 1317, q_heads=q_heads, kv_heads=1), device)
+    check_selection(kept(case), expected(case))

@@ -9,4 +9,7 @@ namespace prism {
 // Means over blocks of tokens in float32. Deterministic; any strides, any length.
 cudaError_t launch_block_pool(const BlockPoolParams& params, cudaStream_t stream);
 
+// Everything selection needs from q and k, in one launch: params.select.q_means and its workspace.
+cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t stream);
+
 }  // namespace prism

@@ -6,7 +6,12 @@
 
 namespace prism {
 
-// Calibrated dual-band top-p selection: block means in, packed block mask out. Deterministic.
-cudaError_t launch_select_blocks(const SelectBlocksParams& params, cudaStream_t stream);
+// Fills the workspace from finished means, as launch_estimate_pool does from q and k.
+cudaError_t launch_prepare_means(const SelectBlocksParams& params, cudaStream_t stream);
+
+// Calibrated dual-band top-p selection: q_means and workspace in, packed block mask out. Has to
+// follow the launch that filled the workspace, in its stream. Deterministic. `sm` is 10 * major +
+// minor of the current device: clusters and overlapping launches are used from 90 on.
+cudaError_t launch_select_blocks(const SelectBlocksParams& params, int sm, cudaStream_t stream);
 
 }  // namespace prism

@@ -1,0 +1,128 @@
+// What becomes of one block mean held by a warp: key tiles and band energies. Pooling and
+// preparing share it, so both ways into selection give the same bits.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "kernels/select/workspace.h"
+
+namespace prism {
+
+constexpr int kEmitWarps = 4;  // warps of a CTA that take a chunk's blocks in turn
+
+// {high 01, high 23, low 01, low 23}: x = high + low to 22 bits, for |x| within float16's range.
+__device__ inline uint4 split_halves(float4 x) {
+  const __half2 high[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
+  const float2 a = __half22float2(high[0]);
+  const float2 b = __half22float2(high[1]);
+  const __half2 low[2] = {__floats2half2_rn(x.x - a.x, x.y - a.y),
+                          __floats2half2_rn(x.z - b.x, x.w - b.y)};
+  return {*reinterpret_cast<const uint32_t*>(&high[0]),
+          *reinterpret_cast<const uint32_t*>(&high[1]), *reinterpret_cast<const uint32_t*>(&low[0]),
+          *reinterpret_cast<const uint32_t*>(&low[1])};
+}
+
+// The power of two that brings `largest` (finite, >= 0) into [2^13, 2^14), and its inverse.
+struct HalfScale {
+  float scale;
+  float inverse;
+
+  __device__ explicit HalfScale(float largest) {
+    // Below 2^-100 the scale itself would overflow; what is that small scores 0 anyway.
+    const int exponent = max(__float_as_int(largest) >> 23, 127 - 100);
+    scale = __int_as_float((2 * 127 + kHalfExponent - exponent) << 23);
+    inverse = __int_as_float((exponent - kHalfExponent) << 23);
+  }
+};
+
+// NaN and inf decide through the temperatures; in a tile they would also spoil the other band.
+__device__ inline float finite_or_zero(float x) { return isfinite(x) ? x : 0.f; }
+
+__device__ inline float4 finite_or_zero(float4 x) {
+  return {finite_or_zero(x.x), finite_or_zero(x.y), finite_or_zero(x.z), finite_or_zero(x.w)};
+}
+
+__device__ inline float largest_magnitude(float4 x) {
+  return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+}
+
+// Bits of dimensions dim to dim + 3.
+__device__ inline uint32_t band_nibble(const Band& band, int dim) {
+  return static_cast<uint32_t>(band.dims[dim / 64] >> (dim % 64)) & 15u;
+}
+
+// Writes key block `block` of kv head `head` (over the batch). Lane i holds dimensions 4 i to
+// 4 i + 3 of the mean, 0 where there are none. The block after the last pads with zeros.
+template <int kHeadDim>
+__device__ void write_key_tile(const SelectWorkspace& workspace, int64_t head, int64_t block,
+                               float4 mean, int lane) {
+  constexpr int kSlices = kHeadDim / kDimSlice;
+  const float4 x = finite_or_zero(mean);
+  const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(largest_magnitude(x)));
+  const HalfScale factor(__uint_as_float(largest));
+  if (lane < kHeadDim / 4) {
+    const int64_t tile = (head * workspace.padded_keys + block) / kKeyTile;
+    workspace.key_tiles[(tile * kSlices + lane / 4) * 32 + (block % kKeyTile) * 4 + lane % 4] =
+        split_halves(
+            {x.x * factor.scale, x.y * factor.scale, x.z * factor.scale, x.w * factor.scale});
+  }
+  if (lane == 0) {
+    workspace.key_scales[head * workspace.padded_keys + block] = factor.inverse;
+  }
+}
+
+template <int kHeadDim>
+__device__ void pad_key_tiles(const SelectWorkspace& workspace, int64_t head, int64_t blocks,
+                              int lane) {
+  for (int64_t block = blocks; block < workspace.padded_keys; ++block) {
+    write_key_tile<kHeadDim>(workspace, head, block, float4{0.f, 0.f, 0.f, 0.f}, lane);
+  }
+}
+
+// Sums of squares over a chunk: each lane its dimensions, each warp its blocks.
+struct EnergySums {
+  double sums[kBandEnergies] = {};
+
+  __device__ void add(float4 mean, uint32_t high, uint32_t low) {
+    const float values[4] = {mean.x, mean.y, mean.z, mean.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const double square = static_cast<double>(values[i]) * values[i];
+      sums[kHighEnergy] += high >> i & 1 ? square : 0.0;
+      sums[kLowEnergy] += low >> i & 1 ? square : 0.0;
+      sums[kTotalEnergy] += square;
+    }
+  }
+
+  // Combines the CTA's kEmitWarps warps in a fixed order. Every thread has to call it.
+  __device__ void store(float* head_energies, int chunk, int chunks) {
+    __shared__ double partial[kEmitWarps][kBandEnergies];
+#pragma unroll
+    for (int z = 0; z < kBandEnergies; ++z) {
+#pragma unroll
+      for (int offset = 16; offset > 0; offset /= 2) {
+        sums[z] += __shfl_xor_sync(0xffffffffu, sums[z], offset);
+      }
+      if (threadIdx.x % 32 == 0) {
+        partial[threadIdx.x / 32][z] = sums[z];
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < kBandEnergies) {
+      double sum = 0.0;
+#pragma unroll
+      for (int warp = 0; warp < kEmitWarps; ++warp) {
+        sum += partial[warp][threadIdx.x];
+      }
+      float* energies = head_energies + threadIdx.x * kMaxEnergyChunks;
+      energies[chunk] = static_cast<float>(sum);
+      if (chunk + 1 == chunks) {  // readers take four at a time
+        for (int i = chunks; i % 4 != 0; ++i) {
+          energies[i] = 0.f;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace prism

@@ -1,0 +1,8 @@
+#include "kernels/select/launch_select.cuh"
+
+namespace prism {
+
+template cudaError_t launch_select<128>(const SelectBlocksParams&, int, cudaStream_t);
+template void describe_select<128>(std::vector<KernelInfo>&);
+
+}  // namespace prism

@@ -1,0 +1,19 @@
+// One head_dim's selection kernels; instantiations/ compiles them in parallel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "kernels/introspect.h"
+#include "kernels/params.h"
+
+namespace prism {
+
+template <int kHeadDim>
+cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t stream);
+
+template <int kHeadDim>
+void describe_select(std::vector<KernelInfo>& kernels);
+
+}  // namespace prism

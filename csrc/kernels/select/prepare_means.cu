@@ -1,0 +1,88 @@
+#include "kernels/describe.h"
+#include "kernels/launch.h"
+#include "kernels/pool/emit_means.cuh"
+#include "kernels/select/select_blocks.h"
+
+namespace prism {
+
+namespace {
+
+constexpr int kThreads = 32 * kEmitWarps;
+
+__device__ float4 load_mean(const float* source) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+    return __ldg(reinterpret_cast<const float4*>(source));
+  }
+  return {source[0], source[1], source[2], source[3]};
+}
+
+// A CTA takes one energy chunk of one head, its warps the blocks in turn.
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    prepare_means_kernel(const __grid_constant__ SelectBlocksParams params) {
+  const EnergyChunks q_chunks(params.q_blocks);
+  const EnergyChunks k_chunks(params.k_blocks);
+  const int64_t q_grid = params.batch * params.q_heads * q_chunks.count;
+  let_consumer_start();
+
+  const bool is_key = blockIdx.x >= q_grid;
+  const EnergyChunks chunks = is_key ? k_chunks : q_chunks;
+  const TensorView& means = is_key ? params.k_means : params.q_means;
+  const int heads = is_key ? params.kv_heads : params.q_heads;
+  const int64_t blocks = is_key ? params.k_blocks : params.q_blocks;
+  const int64_t index = blockIdx.x - (is_key ? q_grid : 0);
+  const int chunk = static_cast<int>(index % chunks.count);
+  const int64_t head = index / chunks.count;  // over the batch
+  const int64_t first_block = chunk * chunks.size;
+  const int64_t end_block = min(first_block + chunks.size, blocks);
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const float* source = static_cast<const float*>(means.data) + head / heads * means.batch_stride +
+                        head % heads * means.head_stride + lane * 4;
+  const SelectWorkspace workspace(params);
+  EnergySums energies;
+  for (int64_t block = first_block + warp; block < end_block; block += kEmitWarps) {
+    float4 mean = {0.f, 0.f, 0.f, 0.f};
+    if (lane < kHeadDim / 4) {
+      mean = load_mean(source + block * means.row_stride);
+      energies.add(mean, band_nibble(params.high, lane * 4), band_nibble(params.low, lane * 4));
+    }
+    if (is_key) {
+      write_key_tile<kHeadDim>(workspace, head, block, mean, lane);
+    }
+  }
+  const int64_t energy_head = head / heads * (params.q_heads + params.kv_heads) + head % heads +
+                              (is_key ? params.q_heads : 0);
+  energies.store(workspace.head_energies(energy_head), chunk, chunks.count);
+  if (is_key && chunk + 1 == chunks.count && warp == 0) {
+    pad_key_tiles<kHeadDim>(workspace, head, blocks, lane);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_prepare_means(const SelectBlocksParams& params, cudaStream_t stream) {
+  const int64_t grid =
+      params.batch * (params.q_heads * int64_t{EnergyChunks(params.q_blocks).count} +
+                      params.kv_heads * int64_t{EnergyChunks(params.k_blocks).count});
+  if (grid == 0) {
+    return cudaSuccess;
+  }
+  switch (params.head_dim) {
+    case 64:
+      return launch_kernel(prepare_means_kernel<64>, {grid, kThreads, 0}, stream, params);
+    case 128:
+      return launch_kernel(prepare_means_kernel<128>, {grid, kThreads, 0}, stream, params);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+void describe_prepare_means(std::vector<KernelInfo>& kernels) {
+  describe_kernel(kernels, "prepare_means<d64>", "a chunk of means", prepare_means_kernel<64>,
+                  kThreads, 0);
+  describe_kernel(kernels, "prepare_means<d128>", "a chunk of means", prepare_means_kernel<128>,
+                  kThreads, 0);
+}
+
+}  // namespace prism

@@ -1,0 +1,64 @@
+// What pooling leaves for selection in one allocation: partial band energies, and the key means in
+// the order in which tensor cores read them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace prism {
+
+enum BandEnergy { kHighEnergy, kLowEnergy, kTotalEnergy, kBandEnergies };
+
+// A head's blocks are summed in at most this many chunks, one CTA each.
+constexpr int kMaxEnergyChunks = 128;
+constexpr int kKeyTile = 8;        // key blocks of one mma tile
+constexpr int kDimSlice = 16;      // dimensions of one mma step
+constexpr int kKeyPadding = 32;    // key blocks of one mask word
+constexpr int kHalfExponent = 13;  // rows are scaled so that their largest element is near 2^13
+
+struct EnergyChunks {
+  int64_t size;  // blocks of one chunk
+  int count;
+
+  __host__ __device__ explicit EnergyChunks(int64_t blocks)
+      : size((blocks + kMaxEnergyChunks - 1) / kMaxEnergyChunks),
+        count(size == 0 ? 0 : static_cast<int>((blocks + size - 1) / size)) {}
+};
+
+struct SelectWorkspace {
+  // (batch, q_heads + kv_heads, 3, kMaxEnergyChunks): sums of squares of the means. Chunks up to
+  // the next multiple of 4 are zero, what follows is not written.
+  float* energies;
+  // (batch, kv_heads, padded_keys): what the tile of a key block has to be multiplied by.
+  float* key_scales;
+  // (batch, kv_heads, padded_keys / 8, head_dim / 16, 32): lane 4 j + t of a tile's slice holds
+  // dimensions 4 t to 4 t + 3 of key block j, scaled by a power of two and split into the float16
+  // nearest and the float16 of the rest: {high 01, high 23, low 01, low 23}.
+  uint4* key_tiles;
+  int64_t padded_keys;
+
+  __host__ __device__ explicit SelectWorkspace(const SelectBlocksParams& params)
+      : padded_keys((params.k_blocks + kKeyPadding - 1) / kKeyPadding * kKeyPadding) {
+    const int64_t heads = params.batch * (params.q_heads + params.kv_heads);
+    energies = static_cast<float*>(params.workspace);
+    key_scales = energies + heads * kBandEnergies * kMaxEnergyChunks;
+    key_tiles = reinterpret_cast<uint4*>(key_scales + params.batch * params.kv_heads * padded_keys);
+  }
+
+  static int64_t bytes(const SelectBlocksParams& params) {
+    SelectBlocksParams at_zero = params;
+    at_zero.workspace = nullptr;
+    const SelectWorkspace layout(at_zero);
+    const int64_t tiles = params.batch * params.kv_heads * layout.padded_keys * params.head_dim;
+    return reinterpret_cast<intptr_t>(layout.key_tiles) + tiles * 4;
+  }
+
+  __host__ __device__ float* head_energies(int64_t head) const {
+    return energies + head * kBandEnergies * kMaxEnergyChunks;
+  }
+};
+
+}  // namespace prism

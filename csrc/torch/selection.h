@@ -1,0 +1,37 @@
+// What select_blocks and estimate_blocks share: settings in, outputs and kernel parameters out.
+#pragma once
+
+#include "torch/checks.h"
+
+namespace prism {
+
+// Settings of a selection, checked.
+struct SelectionSettings {
+  int64_t q_len;
+  int64_t k_len;
+  SelectionBands bands;
+  double top_p;
+  int64_t keep_sink;
+  int64_t keep_recent;
+  bool causal;
+  int64_t q_block_size;
+  int64_t k_block_size;
+};
+
+#ifdef PRISM_WITH_CUDA
+
+struct Selection {
+  Tensor bits;
+  Tensor counts;
+  Tensor workspace;  // kept until the launches; the allocator orders its reuse
+  SelectBlocksParams params;
+};
+
+// Allocates beside `like`. The views of the means are left for the caller to set. `keys` names the
+// tensor that may be too long.
+Selection make_selection(const char* op, const char* keys, const Tensor& like, int64_t q_heads,
+                         int64_t kv_heads, const SelectionSettings& settings);
+
+#endif  // PRISM_WITH_CUDA
+
+}  // namespace prism

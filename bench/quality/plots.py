@@ -121,7 +121,8 @@ def _draw_layers(data: dict[str, Any], length: int, path: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     names = [key.split("/")[1] for key in data["heads"] if key.startswith(f"{length}/")]
-    names = [name for name in summary.ordered(names, list(METHODS)) if name in METHODS][1:7]
+    # The first few of the run's own order, without dense.
+    names = [name for name in names if name in METHODS and name != "dense"][:6]
     if not names:
         return []
     figure = Figure(figsize=(2.4 * len(names), 5.2), layout="constrained")

@@ -6,8 +6,8 @@ the visible blocks of a row, one tensor per view (the two bands of Prism are two
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,7 @@ class Call:
 
 
 Views = list[torch.Tensor]
+Score = Callable[[Call, Blocks], Views]
 
 
 def _softmax(logits: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -181,6 +182,21 @@ def fine(
     return [_to_blocks(_softmax(logits, sub.visible(q.device)), sub, blocks)]
 
 
+def rows(call: Call, blocks: Blocks, step: int = 16) -> Views:
+    """Block mass from every ``step``-th query's exact attention to every key."""
+    sampled = call.q[:, :, step // 2 :: step]
+    if sampled.shape[2] * step < blocks.length:  # the ragged end has no middle
+        sampled = torch.cat([sampled, call.q[:, :, -1:]], 2)
+    sub = Blocks(step, 1, blocks.length)
+    probs = _softmax(grouped_scores(sampled, call.k), sub.visible(call.q.device))
+    return [_to_blocks(probs, sub, blocks)]
+
+
+def both(first: Score, second: Score) -> Score:
+    """The views of two scores: what either finds is kept."""
+    return lambda call, blocks: first(call, blocks) + second(call, blocks)
+
+
 def _to_blocks(probs: torch.Tensor, sub: Blocks, blocks: Blocks) -> torch.Tensor:
     """Sum a finer grid's probabilities over keys and average them over queries."""
     per_q, per_k = blocks.q // sub.q, blocks.k // sub.k
@@ -218,14 +234,14 @@ def last_queries(call: Call, blocks: Blocks, rows: int = 64) -> tuple[torch.Tens
     return probs.mean(2), slash / rows
 
 
-def shared(score: functools.partial[Views]) -> functools.partial[Views]:
+def shared(score: Score) -> Score:
     """The same scores averaged over the query heads of a key/value head: one selection each."""
-    return functools.partial(_share, score)
 
+    def averaged(call: Call, blocks: Blocks) -> Views:
+        group = call.q.shape[1] // call.k.shape[1]
+        return [
+            view.unflatten(1, (-1, group)).mean(2).repeat_interleave(group, 1)
+            for view in score(call, blocks)
+        ]
 
-def _share(score: functools.partial[Views], call: Call, blocks: Blocks) -> Views:
-    group = call.q.shape[1] // call.k.shape[1]
-    return [
-        view.unflatten(1, (-1, group)).mean(2).repeat_interleave(group, 1)
-        for view in score(call, blocks)
-    ]
+    return averaged

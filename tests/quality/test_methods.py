@@ -87,17 +87,26 @@ def test_group_selection_is_shared_by_query_heads() -> None:
     assert (mask[:, 0] != mask[:, 2]).any()
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_the_finest_grid_is_the_oracle(power) -> None:
+def test_the_finest_grid_and_rows_are_the_oracle() -> None:
     one, blocks = call(256, 64), Blocks(128, 64, 256)
-    (estimated,) = scores.fine(one, blocks, 1, 1, power=power)
-    (exact,) = scores.oracle(one, blocks, power)
+    (exact,) = scores.oracle(one, blocks)
+    (estimated,) = scores.fine(one, blocks, 1, 1)
     torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-7)
+    (by_rows,) = scores.rows(one, blocks, 1)
+    torch.testing.assert_close(by_rows, exact, rtol=1e-4, atol=1e-7)
+
+
+def test_per_head_thresholds_only_add_blocks() -> None:
+    one = call(1024)
+    fixed, lowered = METHODS["fine"].mask(one, 0.05), METHODS["fine_head"].mask(one, 0.05)
+    assert (lowered | ~fixed).all()
 
 
 def test_antidiagonals_find_a_planted_block() -> None:
     one = call(1024)
-    one.k[:, :, 200:208] = 6 * one.q[:, ::2, 900:908] / one.q[:, ::2, 900:908].norm(dim=-1)[..., None]
+    one.k[:, :, 200:208] = (
+        6 * one.q[:, ::2, 900:908] / one.q[:, ::2, 900:908].norm(dim=-1)[..., None]
+    )
     mask = METHODS["xattention"].mask(one, 0.7)
     assert mask[0, 0, 900 // 128, 200 // 128]
 

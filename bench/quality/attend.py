@@ -6,6 +6,7 @@ keys and causal. Masks are bool (batch, q_heads, q_blocks, k_blocks).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,14 +46,17 @@ class Blocks:
         kept[:, :1] = True
         return kept
 
-    def area(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Float64 (Nq, Nk): visible (query, key) token pairs of every block."""
-        position = torch.arange(self.length, device=device)
-        start = torch.arange(0, self.length, self.k, device=device)
-        width = (self.length - start).clamp_max(self.k)
-        pairs = torch.minimum((position[:, None] + 1 - start).clamp_min(0), width)
-        padded = torch.nn.functional.pad(pairs, (0, 0, 0, self.q_blocks * self.q - self.length))
-        return padded.unflatten(0, (self.q_blocks, self.q)).sum(1).double()
+
+@functools.lru_cache(maxsize=16)
+def areas(blocks: Blocks, device: torch.device) -> torch.Tensor:
+    """Float64 (Nq, Nk): visible (query, key) token pairs of every block."""
+    position = torch.arange(blocks.length, device=device)
+    start = torch.arange(0, blocks.length, blocks.k, device=device)
+    width = (blocks.length - start).clamp_max(blocks.k)
+    pairs = torch.minimum((position[:, None] + 1 - start).clamp_min(0), width)
+    padding = (0, 0, 0, blocks.q_blocks * blocks.q - blocks.length)
+    padded = torch.nn.functional.pad(pairs, padding)
+    return padded.unflatten(0, (blocks.q_blocks, blocks.q)).sum(1).double()
 
 
 def density(mask: torch.Tensor, blocks: Blocks) -> torch.Tensor:
@@ -60,7 +64,7 @@ def density(mask: torch.Tensor, blocks: Blocks) -> torch.Tensor:
 
     Masks of different block sizes are comparable by it; 1 is dense.
     """
-    area = blocks.area(mask.device)
+    area = areas(blocks, mask.device)
     return (mask * area).sum((-1, -2)) / area.sum()
 
 

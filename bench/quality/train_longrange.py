@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 RECIPE = Recipe(
     phases=(
-        Phase(2048, 0.30, 131072),
+        Phase(2048, 0.30, 65536),
         Phase(8192, 0.25, 131072),
         Phase(16384, 0.25, 131072),
         Phase(32768, 0.20, 131072),

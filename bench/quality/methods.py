@@ -126,6 +126,7 @@ class PerHead(Method):
 
 OFFICIAL = partial(scores.bands, dims=(64, 96))
 FINE = partial(scores.fine, q_step=16, k_step=16)
+EITHER: dict[str, Any] = dict(rule=rules.either, main=0.9, k_size=64)
 THRESHOLD: dict[str, Any] = dict(rule=rules.above, knobs=TAU, main=5e-3, k_size=64)
 
 
@@ -235,32 +236,32 @@ _METHODS = (
     *(_grid(128, step, False) for step in (64,)),
     *(_grid(q_step, k_step, False) for q_step, k_step in ((64, 64), (64, 32), (32, 16), (16, 16))),
     *(_grid(q_step, k_step, True) for q_step, k_step in ((128, 64), (32, 16), (16, 32), (8, 8))),
-    Method("fine", "grid_16_16v: our proposal", "variant", FINE, **THRESHOLD),
-    Method("fine_p", "fine with top-p", "variant", FINE, k_size=64),
-    Method("fine_128", "fine, 128-key blocks", "variant", FINE, **THRESHOLD | {"k_size": 128}),
     Method(
-        "fine_undo", "fine, pooling's loss undone", "variant", partial(FINE, undo=0.3), **THRESHOLD
+        "prism_e_64", "official, top-p or threshold, 64-key blocks", "variant", OFFICIAL, **EITHER
+    ),
+    Method("fine", "grid_16_16v, top-p or threshold: our proposal", "variant", FINE, **EITHER),
+    Method("fine_t", "fine with the threshold alone", "variant", FINE, **THRESHOLD),
+    Method("fine_p", "fine with top-p alone", "variant", FINE, k_size=64),
+    Method("fine_128", "fine, 128-key blocks", "variant", FINE, **EITHER | {"k_size": 128}),
+    Method(
+        "fine_undo", "fine, pooling's loss undone", "variant", partial(FINE, undo=0.3), **EITHER
     ),
     Method(
-        "fine_group", "fine, one selection per KV head", "variant", scores.shared(FINE), **THRESHOLD
+        "fine_group", "fine, one selection per KV head", "variant", scores.shared(FINE), **EITHER
     ),
     Method(
-        "fine_tail",
-        "fine, dropped blocks by their means",
-        "variant",
-        FINE,
-        **THRESHOLD,
-        tail="mean",
+        "fine_tail", "fine, dropped blocks by their means", "variant", FINE, **EITHER, tail="mean"
     ),
-    Method("fine_skip", "fine, P V skipped under 0.03", "variant", FINE, **THRESHOLD, skip=0.03),
+    Method("fine_skip", "fine, P V skipped under 0.03", "variant", FINE, **EITHER, skip=0.03),
     Method(
         "fine_rows",
         "fine, or the exact attention of every 16th query",
         "variant",
         scores.both(FINE, scores.rows),
-        **THRESHOLD,
+        **EITHER,
     ),
-    PerHead("fine_head", "fine, a threshold per head", "variant", FINE, **THRESHOLD),
+    PerHead("fine_head", "fine_t, a threshold per head", "variant", FINE, **THRESHOLD),
+    Method("oracle_e", "true block mass, top-p or threshold", "reference", scores.oracle, **EITHER),
 )
 
 METHODS = {method.name: method for method in _METHODS}

@@ -20,6 +20,14 @@ def above(probs: torch.Tensor, visible: torch.Tensor, threshold: float) -> torch
     return (probs >= threshold) & visible
 
 
+def either(probs: torch.Tensor, visible: torch.Tensor, p: float) -> torch.Tensor:
+    """top_p, and every block of at least (1 - p) / 10: what is dropped is neither much nor a peak.
+
+    Top-p alone drops peaks of concentrated rows, a threshold alone all of the diffuse ones.
+    """
+    return top_p(probs, visible, p) | above(probs, visible, (1 - p) / 10)
+
+
 def relative(probs: torch.Tensor, visible: torch.Tensor, threshold: float) -> torch.Tensor:
     """Blocks of at least this share of their row's largest; all at 0."""
     return (probs >= threshold * probs.amax(-1, keepdim=True)) & visible

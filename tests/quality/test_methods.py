@@ -45,7 +45,9 @@ def test_knobs_run_from_sparse_to_dense(name) -> None:
     assert method.main in method.knobs
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.rule is rules.top_p])
+@pytest.mark.parametrize(
+    "name", [n for n, m in METHODS.items() if m.rule in (rules.top_p, rules.either)]
+)
 def test_top_p_of_one_keeps_everything(name) -> None:
     method = METHODS[name]
     visible = method.blocks(LENGTH).visible()
@@ -98,7 +100,7 @@ def test_the_finest_grid_and_rows_are_the_oracle() -> None:
 
 def test_per_head_thresholds_only_add_blocks() -> None:
     one = call(1024)
-    fixed, lowered = METHODS["fine"].mask(one, 0.05), METHODS["fine_head"].mask(one, 0.05)
+    fixed, lowered = METHODS["fine_t"].mask(one, 0.05), METHODS["fine_head"].mask(one, 0.05)
     assert (lowered | ~fixed).all()
 
 
@@ -124,5 +126,8 @@ def test_rules() -> None:
     assert rules.top_p(probs, visible, 0.5).tolist() == [[True, False, False, False]]
     assert rules.top_p(probs, visible, 0.6).tolist() == [[True, True, False, False]]
     assert rules.above(probs, visible, 0.2).tolist() == [[True, True, True, False]]
+    assert rules.either(probs, visible, 0.5).tolist() == [[True, True, True, False]]
+    peaks = torch.tensor([[0.93, 0.06, 0.01, 0.0]])
+    assert rules.either(peaks, visible, 0.5).tolist() == [[True, True, False, False]]
     assert rules.relative(probs, visible, 0.5).tolist() == [[True, True, False, False]]
     assert rules.share(probs, visible, 0.5).tolist() == [[True, True, False, False]]

@@ -28,11 +28,12 @@ SETTINGS = $(PY) $(PRISM_CUDA_ARCHS) cpu:$(PRISM_CPU_ONLY) $(CUDA_HOME) $(CUTLAS
   $(shell git rev-parse HEAD 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo lint format cmake clean FORCE
+.PHONY: help venv build test demo quality lint format cmake clean FORCE
 
 help:
 	@echo 'make test    build, then run the tests'
 	@echo 'make demo    build, then run a model with dense and with sparse attention'
+	@echo 'make quality selection quality against density on the testbed, into build/quality'
 	@echo 'make build   compile the ops library in place'
 	@echo 'make venv    create $(VENV) with everything that is needed'
 	@echo 'make cmake   build with CMake as a C++ project would, and run its tests'
@@ -63,6 +64,10 @@ test: build
 
 demo: build
 	$(PY) -m prism_cuda demo
+
+quality: $(READY)
+	PYTHONPATH=. $(PY) bench/quality/frontier.py --out build/quality --lengths 4096 --windows 2 --tasks copy \
+	  --methods prism fine prism_e_64 mean_pool xattention vertical_slash oracle_t
 
 lint: $(READY)
 	$(PY) -m ruff check .

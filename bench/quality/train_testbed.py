@@ -14,7 +14,6 @@ learning rate follow elapsed time, so a run always ends with a finished model.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
@@ -23,29 +22,24 @@ import platform
 import sys
 import sysconfig
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import corpus
 import numpy as np
 import tokenizers
 import torch
 import transformers
-from eval_testbed import END_OF_FILE, as_document, evaluate, python_files
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from corpus import TextLimits
+from eval_testbed import evaluate
+from optimizer import MixedPrecision, learning_rate_scale
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-VENDORED = frozenset(
-    ("_vendor", "vendor", "vendored", "extern", "externals", "third_party", "thirdparty")
-    + ("_distutils", "backports", "importlib_metadata", "importlib_resources")
-)
-TESTS = frozenset(("test", "tests"))
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that differs between the real run and the smoke run."""
+    """Everything that differs between two runs besides time and seed."""
 
     phases: tuple[Phase, ...] = (
         Phase(2048, 0.28, 65536),
@@ -68,9 +62,10 @@ class Recipe:
     hidden: int = 256
     intermediate: int = 768
     layers: int = 6
-    vocab: int = 4096
-    max_chars: int = 200_000_000
-    tokenizer_chars: int = 40_000_000
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 128
+    text: TextLimits = TextLimits(vocab=4096)
     eval_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,221 +74,11 @@ SMOKE = Recipe(
     hidden=128,
     intermediate=256,
     layers=2,
-    vocab=1024,
-    max_chars=1_500_000,
-    tokenizer_chars=500_000,
+    text=TextLimits(vocab=1024, max_chars=1_500_000, tokenizer_chars=500_000),
     eval_options=dict(
         contexts=(64, 256, 448), distances=(128, 256), max_windows=8, n_samples=4, max_files=40
     ),
 )
-
-
-# --------------------------------------------------------------------------------------- corpus
-
-
-class StdlibIndex:
-    """Finds files that share much of their text with one file of the standard library."""
-
-    MIN_SHARE = 0.3  # of the distinct lines of either file
-    MIN_LINES = 8  # fewer lines in common never count as a copy
-    MAX_FILES = 8  # a line found in more files than this is boilerplate
-
-    def __init__(self, stdlib: Path) -> None:
-        files_of_line: dict[str, list[int]] = defaultdict(list)
-        self.size: list[int] = []
-        for index, path in enumerate(python_files(stdlib)):
-            lines = distinct_lines(path.read_text(encoding="utf-8", errors="ignore"))
-            self.size.append(len(lines))
-            for line in lines:
-                files_of_line[line].append(index)
-        self.files_of_line = {k: v for k, v in files_of_line.items() if len(v) <= self.MAX_FILES}
-
-    def is_copy(self, text: str) -> bool:
-        lines = distinct_lines(text)
-        in_common = Counter(i for line in lines for i in self.files_of_line.get(line, ()))
-        return any(
-            count >= self.MIN_LINES and count >= self.MIN_SHARE * min(len(lines), self.size[index])
-            for index, count in in_common.most_common(20)
-        )
-
-
-def distinct_lines(text: str) -> set[str]:
-    return {line for line in map(str.strip, text.splitlines()) if len(line) >= 12}
-
-
-def is_generated(text: str) -> bool:
-    """Tables, minified code and machine-written modules: nothing a reader would call source."""
-    lines = text.splitlines()
-    if len(text) > 300_000 or max(map(len, lines), default=0) > 1000:
-        return True
-    if len(text) / max(len(lines), 1) > 90:
-        return True
-    if len(lines) > 200 and len(set(lines)) < 0.35 * len(lines):
-        return True
-    return sum(map(str.isdigit, text)) > 0.2 * len(text)
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    root: Path
-    path: Path  # relative to root
-    chars: int
-
-    @property
-    def package(self) -> str:
-        return self.path.parts[0].removesuffix(".py")
-
-    def document(self) -> str:
-        text = (self.root / self.path).read_text(encoding="utf-8", errors="ignore")
-        return as_document(self.path, text)
-
-
-_stdlib_index: StdlibIndex | None = None  # built before the worker processes fork
-
-
-def screen_file(path: Path) -> tuple[str, int, bytes]:
-    """(verdict, characters, digest) of one file; only the verdict 'ok' is trained on."""
-    assert _stdlib_index is not None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return "unreadable", 0, b""
-    digest = hashlib.sha1("\n".join(map(str.strip, text.splitlines())).encode()).digest()
-    if len(text) < 200:
-        return "tiny", len(text), digest
-    if is_generated(text):
-        return "generated", len(text), digest
-    if _stdlib_index.is_copy(text):
-        return "standard library copy", len(text), digest
-    return "ok", len(text), digest
-
-
-def find_corpus(
-    root: Path, max_chars: int, rng: np.random.Generator, pool: Any
-) -> tuple[list[SourceFile], Counter[str]]:
-    """Files to train on, in folder order, and how many were dropped for which reason."""
-    paths = list(python_files(root, VENDORED | TESTS))
-    verdicts: Counter[str] = Counter()
-    seen: set[bytes] = set()
-    files: list[SourceFile] = []
-    for path, (verdict, chars, digest) in zip(paths, pool.map(screen_file, paths, 64), strict=True):
-        if verdict == "ok" and digest in seen:
-            verdict = "duplicate"
-        seen.add(digest)
-        verdicts[verdict] += 1
-        if verdict == "ok":
-            files.append(SourceFile(root, path.relative_to(root), chars))
-    kept = limit_packages(files, max_chars, rng)
-    verdicts["over its package's limit"] = len(files) - len(kept)
-    verdicts["ok"] = len(kept)
-    return kept, verdicts
-
-
-def limit_packages(
-    files: list[SourceFile], max_chars: int, rng: np.random.Generator
-) -> list[SourceFile]:
-    """Whole folders at random from each package, so that big packages share `max_chars` evenly."""
-    package_chars: Counter[str] = Counter()
-    folders: dict[str, dict[Path, int]] = defaultdict(lambda: defaultdict(int))
-    for file in files:
-        package_chars[file.package] += file.chars
-        folders[file.package][file.path.parent] += file.chars
-    limit, left = math.inf, max_chars
-    for n_done, chars in enumerate(sorted(package_chars.values())):
-        if chars * (len(package_chars) - n_done) > left:
-            limit = left / (len(package_chars) - n_done)
-            break
-        left -= chars
-    kept: set[tuple[str, Path]] = set()
-    for package, sizes in folders.items():
-        total = 0.0
-        for index in rng.permutation(len(sizes)):
-            folder = list(sizes)[index]
-            if total + sizes[folder] <= limit:
-                total += sizes[folder]
-                kept.add((package, folder))
-    return [file for file in files if (file.package, file.path.parent) in kept]
-
-
-def train_tokenizer(documents: Iterator[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE whose digits are single tokens, so that numbers can be copied."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[END_OF_FILE],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_FILE,
-        bos_token=END_OF_FILE,
-        pad_token=END_OF_FILE,
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
-    fast.save_pretrained(folder)
-    # The class name that every release of transformers knows.
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def encode_files(job: tuple[str, list[SourceFile]]) -> tuple[np.ndarray, Counter[str]]:
-    """Token ids of some files, concatenated (uint16), and the number of tokens per package."""
-    tokenizer_json, files = job
-    tokenizer = Tokenizer.from_str(tokenizer_json)
-    rows, tokens_of_package = [], Counter[str]()
-    for file in files:
-        rows.append(np.array(tokenizer.encode(file.document()).ids, dtype=np.uint16))
-        tokens_of_package[file.package] += len(rows[-1])
-    return np.concatenate(rows), tokens_of_package
-
-
-def prepare_corpus(
-    root: Path, recipe: Recipe, seed: int, folder: Path, pool: Any
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Screen, train the tokenizer, tokenize. Returns the token stream and what it is made of."""
-    start = time.perf_counter()
-    rng = np.random.default_rng(seed)
-    files, verdicts = find_corpus(root, recipe.max_chars, rng, pool)
-    total_chars = sum(file.chars for file in files)
-    print(f"corpus: {len(files):,} files, {total_chars:,} characters, {dict(verdicts)}", flush=True)
-    stride = max(1, total_chars // recipe.tokenizer_chars)
-    sample = (file.document() for file in files[::stride])
-    tokenizer = train_tokenizer(sample, recipe.vocab)
-    save_tokenizer(tokenizer, folder, recipe.phases[-1].seq_len)
-    print(f"tokenizer: {time.perf_counter() - start:.0f} s", flush=True)
-
-    tokenizer_json = tokenizer.to_str()
-    jobs = [(tokenizer_json, files[i : i + 64]) for i in range(0, len(files), 64)]
-    rows, tokens_of_package = [], Counter[str]()
-    for row, counts in pool.imap(encode_files, jobs):
-        rows.append(row)
-        tokens_of_package += counts
-    tokens = np.concatenate(rows)
-    seconds = round(time.perf_counter() - start, 1)
-    print(f"tokens: {len(tokens):,} after {seconds} s", flush=True)
-    return tokens, {
-        "files": len(files),
-        "characters": total_chars,
-        "tokens": len(tokens),
-        "verdicts": dict(verdicts),
-        "seconds": seconds,
-        "tokens_of_package": dict(tokens_of_package.most_common()),
-    }
-
-
-# -------------------------------------------------------------------------------------- batches
 
 
 class Sampler:
@@ -313,9 +98,13 @@ class Sampler:
         rows = rows.astype(np.int64)
         labels = rows.copy()
         for row, label in zip(rows, labels, strict=True):
-            if self.rng.random() < self.copy_share:
-                self._plant_copies(row, label)
+            self.plant(row, label)
         return torch.from_numpy(rows[:, :-1]), torch.from_numpy(labels[:, 1:])
+
+    def plant(self, row: np.ndarray, label: np.ndarray) -> None:
+        """Change one sequence in place; both arrays hold one token more than is trained on."""
+        if self.rng.random() < self.copy_share:
+            self._plant_copies(row, label)
 
     def _shuffled_starts(self, length: int) -> Iterator[int]:
         """Window starts, epoch after epoch, each epoch shuffled and shifted."""
@@ -345,107 +134,23 @@ class Sampler:
 # ---------------------------------------------------------------------------- model, optimizers
 
 
-def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
+def build_model(recipe: Recipe, rope: dict[str, Any]) -> Qwen3ForCausalLM:
     config = Qwen3Config(
-        vocab_size=recipe.vocab,
+        vocab_size=recipe.text.vocab,
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.head_dim,
         max_position_embeddings=recipe.phases[-1].seq_len,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters=rope,
         tie_word_embeddings=True,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
     )
     return Qwen3ForCausalLM(config)
-
-
-class Muon:
-    """Momentum, made orthogonal: every singular value of a matrix's update is about 1.
-
-    All matrices of one shape are updated together, which keeps the number of kernels small.
-    """
-
-    def __init__(
-        self, matrices: Sequence[torch.Tensor], momentum: float = 0.95, weight_decay: float = 0.1
-    ) -> None:
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.groups: dict[torch.Size, list[torch.Tensor]] = defaultdict(list)
-        for matrix in matrices:
-            self.groups[matrix.shape].append(matrix)
-        self.buffers = {
-            shape: torch.zeros_like(torch.stack(group)) for shape, group in self.groups.items()
-        }
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        for shape, group in self.groups.items():
-            gradient = torch.stack([matrix.grad for matrix in group if matrix.grad is not None])
-            buffer = self.buffers[shape].lerp_(gradient, 1 - self.momentum)
-            update = self.orthogonalize(gradient.lerp(buffer, self.momentum))  # Nesterov
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            for matrix, direction in zip(group, update, strict=True):
-                matrix.mul_(1 - lr * self.weight_decay).add_(direction, alpha=-lr * scale)
-
-    @staticmethod
-    def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-        """Newton-Schulz iteration on [n, rows, columns], in bf16."""
-        a, b, c = 3.4445, -4.7750, 2.0315  # quintic with the steepest slope at 0
-        tall = matrices.shape[1] > matrices.shape[2]
-        x = (matrices.mT if tall else matrices).bfloat16()
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-        for _ in range(5):
-            gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
-        return (x.mT if tall else x).float()
-
-
-class MixedPrecision:
-    """bf16 parameters in the model, float32 master copies in the optimizers."""
-
-    def __init__(self, model: Qwen3ForCausalLM, muon_lr: float, adam_lr: float) -> None:
-        self.muon_lr, self.adam_lr = muon_lr, adam_lr
-        self.params = list(model.parameters())
-        self.masters = [param.detach().clone() for param in self.params]
-        for param in self.params:  # not model.to(): RoPE's frequencies stay float32
-            param.data = param.data.bfloat16()
-        embedding = model.get_input_embeddings().weight
-        in_muon = [param.ndim == 2 and param is not embedding for param in self.params]
-        self.muon = Muon([m for m, yes in zip(self.masters, in_muon, strict=True) if yes])
-        self.adam = torch.optim.AdamW(
-            [m for m, yes in zip(self.masters, in_muon, strict=True) if not yes],
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-            fused=True,
-        )
-
-    def step(self, scale: float) -> torch.Tensor:
-        """One update at `scale` times the base learning rates; returns the gradient norm."""
-        for master, param in zip(self.masters, self.params, strict=True):
-            assert param.grad is not None
-            master.grad = param.grad.float()
-            param.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        for group in self.adam.param_groups:
-            group["lr"] = self.adam_lr * scale
-        self.adam.step()
-        self.muon.step(self.muon_lr * scale)
-        with torch.no_grad():
-            for master, param in zip(self.masters, self.params, strict=True):
-                param.copy_(master)
-        return norm
-
-
-def learning_rate_scale(done: float, decay_from: float) -> float:
-    """Warm-up, plateau, linear decay to zero; `done` is the share of the time used, 0 to 1."""
-    warmup = 0.02
-    if done < decay_from:
-        return min(1.0, 0.05 + done / warmup)
-    return max(0.0, (1 - done) / (1 - decay_from))
 
 
 def chunk_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -465,9 +170,6 @@ def language_model_loss(
     return torch.stack(parts).sum() / (labels != -100).sum()
 
 
-# ------------------------------------------------------------------------------------- training
-
-
 def use_sdp_backends(*names: str) -> None:
     """Allow only these scaled-dot-product-attention backends on CUDA."""
     torch.backends.cuda.enable_flash_sdp("flash" in names)
@@ -476,12 +178,13 @@ def use_sdp_backends(*names: str) -> None:
     torch.backends.cuda.enable_math_sdp("math" in names)
 
 
-def choose_attention(seq_len: int) -> str:
+def choose_attention(recipe: Recipe) -> str:
     """The faster of FlashAttention and cuDNN, forward and backward, at the model's head shape."""
-    shape = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    q = torch.randn(2, seq_len, 4, 128, **shape)  # type: ignore[call-overload]
-    k, v = (torch.randn(2, seq_len, 2, 128, **shape) for _ in "kv")  # type: ignore[call-overload]
-    grad = torch.randn(2, 4, seq_len, 128, device="cuda", dtype=torch.bfloat16)
+    seq_len, dim = recipe.phases[-1].seq_len, recipe.head_dim
+    options: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    q = torch.randn(2, seq_len, recipe.heads, dim, **options)
+    k, v = (torch.randn(2, seq_len, recipe.kv_heads, dim, **options) for _ in "kv")
+    grad = torch.randn(2, recipe.heads, seq_len, dim, device="cuda", dtype=torch.bfloat16)
     times: dict[str, float] = {}
     outputs: dict[str, torch.Tensor] = {}
     for name in ("flash", "cudnn"):
@@ -626,9 +329,9 @@ def train(
     return report
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=8.0, help="training time (default: 8)")
@@ -651,6 +354,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--adam-lr", type=float, default=3e-3, help="of embeddings and norms")
     parser.add_argument("--decay-from", type=float, default=0.53, help="share of time before decay")
     parser.add_argument("--copy-share", type=float, default=0.25, help="sequences with copies")
+    parser.add_argument("--rope-theta", type=float, default=1e6, help="base (default: 1e6)")
+    parser.add_argument(
+        "--yarn", type=float, default=1.0, help="factor of YaRN scaling; 1 (the default) is none"
+    )
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
     parser.add_argument("--min-rate", type=float, default=1e5, help="tokens/s below which to stop")
     parser.add_argument("--log-every", type=int, default=20, metavar="STEPS")
@@ -661,33 +368,58 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    global _stdlib_index
+MakeSampler = Callable[[np.ndarray, Recipe, argparse.Namespace], Sampler]
+
+
+def plain_sampler(tokens: np.ndarray, recipe: Recipe, args: argparse.Namespace) -> Sampler:
+    rng = np.random.default_rng(args.seed)
+    return Sampler(tokens, recipe.text.vocab, args.copy_share, rng)
+
+
+def rope_parameters(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    """transformers' description of the rotation that the arguments ask for."""
+    if args.yarn == 1:
+        return {"rope_type": "default", "rope_theta": args.rope_theta}
+    return {
+        "rope_type": "yarn",
+        "rope_theta": args.rope_theta,
+        "factor": args.yarn,
+        "original_max_position_embeddings": int(length / args.yarn),
+    }
+
+
+def run(
+    recipe: Recipe, smoke: Recipe, make_sampler: MakeSampler, description: str | None
+) -> argparse.Namespace:
+    """Train, save and evaluate as the command line asks; returns its arguments."""
     begin = time.perf_counter()
-    args = parse_args()
-    recipe = SMOKE if args.smoke else Recipe()
+    args = parse_args(description)
+    recipe = smoke if args.smoke else recipe
     device = torch.device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
-    _stdlib_index = StdlibIndex(Path(sysconfig.get_paths()["stdlib"]))
+    corpus.index_stdlib(Path(sysconfig.get_paths()["stdlib"]))
     pool = multiprocessing.get_context("fork").Pool()  # before CUDA starts, for it cannot be forked
     with pool, ThreadPoolExecutor(1) as executor:
-        corpus = executor.submit(prepare_corpus, args.corpus, recipe, args.seed, args.out, pool)
-        model = build_model(recipe)
+        longest = recipe.phases[-1].seq_len
+        text = executor.submit(
+            corpus.prepare_corpus, args.corpus, recipe.text, args.seed, args.out, longest, pool
+        )
+        model = build_model(recipe, rope_parameters(args, longest))
         model.to(device)  # type: ignore[arg-type]
         n_params = sum(param.numel() for param in model.parameters())
         print(f"model: {n_params:,} parameters on {device}", flush=True)
         optimizer = MixedPrecision(model, args.muon_lr, args.adam_lr)
         attention, compiled = "sdpa", list[int]()
         if device.type == "cuda":
-            attention = choose_attention(recipe.phases[-1].seq_len)
+            attention = choose_attention(recipe)
             use_sdp_backends(attention, "efficient")
             if not args.no_compile:
                 compiled = warm_up(model, recipe.phases, device)
-        tokens, corpus_report = corpus.result()
-    sampler = Sampler(tokens, recipe.vocab, args.copy_share, np.random.default_rng(args.seed))
+        tokens, corpus_report = text.result()
+    sampler = make_sampler(tokens, recipe, args)
 
     reserved = 5 if args.smoke else 50  # seconds for evaluation and saving
     left = 60 * args.total_minutes - (time.perf_counter() - begin) - reserved
@@ -717,7 +449,8 @@ def main() -> None:
     results = evaluate(args.out, device, seed=args.seed, **recipe.eval_options)
     (args.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"done in {time.perf_counter() - begin:.0f} s", flush=True)
+    return args
 
 
 if __name__ == "__main__":
-    main()
+    run(Recipe(), SMOKE, plain_sampler, __doc__)

@@ -1,0 +1,133 @@
+"""What every method must hold, and what single ones promise."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import rules
+import scores
+import torch
+from attend import Blocks, density
+from methods import METHODS
+from scores import Call
+
+from prism_cuda import PrismConfig, reference
+from prism_cuda._bits import unpack
+
+LENGTH = 700
+
+
+def call(length: int = LENGTH, head_dim: int = 128) -> Call:
+    return Call(torch.randn(1, 4, length, head_dim), torch.randn(1, 2, length, head_dim))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_are_causal_with_sink_and_diagonal(name) -> None:
+    method = METHODS[name]
+    blocks = method.blocks(LENGTH)
+    mask = method.mask(call(), method.main)
+    assert mask.dtype == torch.bool
+    assert mask.shape == (1, 4, blocks.q_blocks, blocks.k_blocks)
+    assert not (mask & ~blocks.visible()).any()
+    assert mask[..., 0].all()
+    assert (mask | ~blocks.forced()).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_knobs_run_from_sparse_to_dense(name) -> None:
+    method, one = METHODS[name], call()
+    densities = [
+        density(method.mask(one, knob), method.blocks(LENGTH)).mean().item()
+        for knob in method.knobs
+    ]
+    assert densities == sorted(densities)
+    assert method.main in method.knobs
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, m in METHODS.items() if m.rule in (rules.top_p, rules.either)]
+)
+def test_top_p_of_one_keeps_everything(name) -> None:
+    method = METHODS[name]
+    visible = method.blocks(LENGTH).visible()
+    assert (method.mask(call(), 1.0) == visible).all()
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.rule is rules.above])
+def test_threshold_of_zero_keeps_everything(name) -> None:
+    method = METHODS[name]
+    assert (method.mask(call(), 0.0) == method.blocks(LENGTH).visible()).all()
+
+
+@pytest.mark.parametrize("name, size", [("prism", 128), ("prism_64", 64)])
+def test_official_selection_is_the_package_s(name, size) -> None:
+    one = call()
+    bands = PrismConfig(bands=(64, 96)).resolve_bands(128)
+    means = (reference.block_pool(x, size) for x in (one.q, one.k))
+    bits, _ = reference.select_blocks(
+        *means, LENGTH, LENGTH, *bands.ranges, 0.9, 1, 1, True, size, size
+    )
+    mask = METHODS[name].mask(one, 0.9)
+    assert (mask == unpack(bits, mask.shape[-1])).all()
+
+
+def test_running_energies_make_chunks_equal_the_whole() -> None:
+    one = call(512)
+    head = Call(one.q[:, :, :256], one.k[:, :, :256])
+    running = partial(scores.bands, running=True)
+    whole, part = running(one, Blocks(128, 64, 512)), running(head, Blocks(128, 64, 256))
+    for full, start in zip(whole, part, strict=True):
+        torch.testing.assert_close(full[:, :, :2, :4], start)
+    official = scores.bands(one, Blocks(128, 64, 512))[0][:, :, :2, :4]
+    assert not torch.allclose(official, scores.bands(head, Blocks(128, 64, 256))[0])
+
+
+def test_group_selection_is_shared_by_query_heads() -> None:
+    mask = METHODS["group"].mask(call(), 0.8)
+    assert (mask[:, 0] == mask[:, 1]).all() and (mask[:, 2] == mask[:, 3]).all()
+    assert (mask[:, 0] != mask[:, 2]).any()
+
+
+def test_the_finest_grid_and_rows_are_the_oracle() -> None:
+    one, blocks = call(256, 64), Blocks(128, 64, 256)
+    (exact,) = scores.oracle(one, blocks)
+    (estimated,) = scores.fine(one, blocks, 1, 1)
+    torch.testing.assert_close(estimated, exact, rtol=1e-4, atol=1e-7)
+    (by_rows,) = scores.rows(one, blocks, 1)
+    torch.testing.assert_close(by_rows, exact, rtol=1e-4, atol=1e-7)
+
+
+def test_per_head_thresholds_only_add_blocks() -> None:
+    one = call(1024)
+    fixed, lowered = METHODS["fine_t"].mask(one, 0.05), METHODS["fine_head"].mask(one, 0.05)
+    assert (lowered | ~fixed).all()
+
+
+def test_antidiagonals_find_a_planted_block() -> None:
+    one = call(1024)
+    one.k[:, :, 200:208] = (
+        6 * one.q[:, ::2, 900:908] / one.q[:, ::2, 900:908].norm(dim=-1)[..., None]
+    )
+    mask = METHODS["xattention"].mask(one, 0.7)
+    assert mask[0, 0, 900 // 128, 200 // 128]
+
+
+def test_vertical_slash_covers_its_columns_and_diagonals() -> None:
+    one = call(1024)
+    one.k[:, :, 300] = one.q[:, ::2, -64:].mean(2) * 100
+    mask = METHODS["vertical_slash"].mask(one, 0.5)
+    assert mask[0, 0, 3:, 300 // 128].all()
+
+
+def test_rules() -> None:
+    visible = torch.tensor([[True, True, True, False]])
+    probs = torch.tensor([[0.5, 0.3, 0.2, 0.0]])
+    assert rules.top_p(probs, visible, 0.5).tolist() == [[True, False, False, False]]
+    assert rules.top_p(probs, visible, 0.6).tolist() == [[True, True, False, False]]
+    assert rules.above(probs, visible, 0.2).tolist() == [[True, True, True, False]]
+    assert rules.either(probs, visible, 0.5).tolist() == [[True, True, True, False]]
+    peaks = torch.tensor([[0.93, 0.06, 0.01, 0.0]])
+    assert rules.either(peaks, visible, 0.5).tolist() == [[True, True, False, False]]
+    assert rules.relative(probs, visible, 0.5).tolist() == [[True, True, False, False]]
+    assert rules.share(probs, visible, 0.5).tolist() == [[True, True, False, False]]

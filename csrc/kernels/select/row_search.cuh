@@ -3,6 +3,7 @@
 // lowest weight to keep, driven by sums over all weights above a threshold that the row proposes.
 #pragma once
 
+#include <cfloat>
 #include <cstdint>
 
 namespace prism {
@@ -39,10 +40,11 @@ class RowSearch {
   // `visible` weights, none above 1, sum to `total`.
   __device__ void begin(double top_p, float total, int visible) {
     none();
-    target_ = static_cast<float>(top_p * total);
-    if (target_ == 0.f) {
+    if (top_p == 0.0) {
       return;
     }
+    // However small top_p is, the largest weight is kept: nothing comes before it.
+    target_ = fmaxf(static_cast<float>(top_p * total), FLT_MIN);
     active_ = true;
     // Weights up to `floor` cannot make up what the target leaves, even with all sums rounded.
     const float floor = ((total - target_) * 0.999f - total * 2e-6f) / static_cast<float>(visible);

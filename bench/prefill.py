@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from attention import Inputs, dense, flex, flex_mask
+from implementations import Inputs, dense, flex, flex_mask
 from masks import causal_density, pack, random_causal_mask, structured_qkv
 from record import print_table, write_json
 from timing import measure, measure_once_if_long

@@ -49,6 +49,7 @@ def provenance() -> dict[str, Any]:
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "flash_attn_4": _version("flash-attn-4"),
         "build": json.loads(torch.ops.prism.build_config()),
         "git": _git_hash(),
         "csrc_sha256": source_hash(),
@@ -68,6 +69,10 @@ def print_table(rows: list[dict[str, Any]], columns: list[str]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def write_json(path: str, rows: list[dict[str, Any]]) -> None:
-    Path(path).write_text(json.dumps(provenance() | {"rows": rows}, indent=1) + "\n")
+def write_json(path: str, rows: list[dict[str, Any]], origin: dict[str, Any] | None = None) -> None:
+    """`origin` is `provenance()` where the caller has taken it already."""
+    content = (origin or provenance()) | {"rows": rows}
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
     print(f"wrote {path}")

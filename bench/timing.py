@@ -63,13 +63,41 @@ def measure(
         count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms, least)
         return median(_elapsed_ms(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count))
 
+    replay = capture(call, inputs)
+    count = _repetitions(_elapsed_ms(replay), budget_ms, least)
+    return median(_elapsed_ms(replay) for _ in range(count)) / len(inputs)
+
+
+def capture(call: Callable[[Inputs], object], inputs: Sequence[Inputs]) -> Callable[[], None]:
+    """The replay of a CUDA graph with a `call` on every input; it was replayed once already.
+
+    `call` must have run before, so that whatever it compiles or sets up is there.
+    """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for one in inputs:
             call(one)
     graph.replay()
-    count = _repetitions(_elapsed_ms(graph.replay), budget_ms, least)
-    return median(_elapsed_ms(graph.replay) for _ in range(count)) / len(inputs)
+    return graph.replay
+
+
+def measure_alternating(
+    jobs: Sequence[Callable[[], object]], *, rounds: int = 3, budget_ms: float = 100.0
+) -> list[list[float]]:
+    """Milliseconds of each job: its median in each of `rounds` rounds.
+
+    A round runs the jobs one after the other, in reversed order every second round, so that all of
+    them meet the same clocks. A job gets `budget_ms` over all rounds, and one repetition in each at
+    least. One repetition is what `measure` times: a call on an idle GPU with a cold L2.
+    """
+    medians: list[list[float]] = [[] for _ in jobs]
+    for i in range(rounds):
+        for j in range(len(jobs)) if i % 2 == 0 else reversed(range(len(jobs))):
+            times: list[float] = []
+            while not times or (sum(times) < budget_ms / rounds and len(times) < 100):
+                times.append(_elapsed_ms(jobs[j]))
+            medians[j].append(median(times))
+    return medians
 
 
 def measure_once_if_long(

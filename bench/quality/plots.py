@@ -60,7 +60,7 @@ def _draw_curves(panels: dict[str, dict[str, summary.Curve]], path: Path, title:
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 4.2 * rows + 0.8), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, (name, curves) in zip(axes, panels.items(), strict=False):
         for method in summary.ordered(curves, list(METHODS)):
             densities, losses = zip(*curves[method], strict=True)
@@ -78,7 +78,7 @@ def _draw_curves(panels: dict[str, dict[str, summary.Curve]], path: Path, title:
         axis.set_xlabel("density (computed area)")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)

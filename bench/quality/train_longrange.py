@@ -6,7 +6,7 @@ carries the tasks of tasks.py (needles, dictionaries, variable tracking): many i
 their answers trained on. The evaluation draws its instances from the same distribution, with other
 random numbers, in held-out text.
 
-    python bench/quality/train_longrange.py --minutes 6.5 --total-minutes 9 --out build/longrange
+    python bench/quality/train_longrange.py --minutes 4 --total-minutes 4.8 --out build/longrange
     python bench/quality/train_longrange.py --smoke --out /tmp/longrange     # CPU, under a minute
 """
 

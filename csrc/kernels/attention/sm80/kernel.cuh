@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
                      tile.batch * params.v.batch_stride + tile.kv_head * params.v.head_stride;
   const int64_t head_index = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
-      params.bits + (head_index * q_blocks + rows.first / params.q_block_size) * ((k_blocks + 31) / 32);
+      params.bits +
+      (head_index * q_blocks + rows.first / params.q_block_size) * ((k_blocks + 31) / 32);
   BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
 
   extern __shared__ uint128_t smem[];

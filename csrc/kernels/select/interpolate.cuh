@@ -64,9 +64,7 @@ class Bracket {
   }
 
  private:
-  __device__ void narrowed(uint32_t width) {
-    halve_ = !halve_ && width > (high_ - low_) / 2;
-  }
+  __device__ void narrowed(uint32_t width) { halve_ = !halve_ && width > (high_ - low_) / 2; }
 
   uint32_t low_ = 0;
   uint32_t high_ = 0;

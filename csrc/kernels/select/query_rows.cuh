@@ -36,8 +36,8 @@ struct RowTile {
             group,
             row_range(params, first / group).visible,
             params.top_p < 1.0 ? (row_range(params, last / group).visible + 31) / 32 : 0,
-            workspace.key_tiles + index % kv_heads * (workspace.padded_keys / kKeyTile) *
-                                      (kHeadDim / kDimSlice * 32),
+            workspace.key_tiles +
+                index % kv_heads * (workspace.padded_keys / kKeyTile) * (kHeadDim / kDimSlice * 32),
             {band_slices(params.high), band_slices(params.low)}};
   }
 

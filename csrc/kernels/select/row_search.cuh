@@ -87,7 +87,9 @@ class RowSearch {
   }
 
   // Bits of the bounds of what has to be listed: low < weight <= high. Nothing where low = high.
-  __device__ uint2 listed() const { return active_ && !tied() ? uint2{bracket_.low(), bracket_.high()} : uint2{0, 0}; }
+  __device__ uint2 listed() const {
+    return active_ && !tied() ? uint2{bracket_.low(), bracket_.high()} : uint2{0, 0};
+  }
 
   // The row's cut, from a list of its candidates in any order, one a lane of the half warp that
   // owns the row (weight 0 where there is none). Fixed point makes their sums independent of order.
@@ -133,7 +135,7 @@ class RowSearch {
   Bracket bracket_;
   float per_weight_ = 0.f;  // 1 / total
   float least_ = INFINITY;  // weights from here on are kept whatever their rank
-  int count_low_ = 0;  // weights above low, or a bound of their number
+  int count_low_ = 0;       // weights above low, or a bound of their number
   int count_high_ = 0;
   int first_key_ = -1;  // too few ties up to here
   int last_key_ = -1;   // enough up to here

@@ -157,7 +157,8 @@ class SelectCta {
     }
   }
 
-  __device__ void evaluate(Pass pass, HeldScores& scores, Tiles here, Partial (&held)[4], bool add) {
+  __device__ void evaluate(Pass pass, HeldScores& scores, Tiles here, Partial (&held)[4],
+                           bool add) {
     switch (pass) {
       case Pass::kMaximum:
         each_score(scores, here,

@@ -54,8 +54,7 @@ class ShortRows {
   using Storage = typename Shape::Storage;
 
   __device__ ShortRows(const SelectBlocksParams& params, Storage& shared)
-      : params_(params),
-        shared_(shared) {
+      : params_(params), shared_(shared) {
     if (threadIdx.x == 0) {
       shared.tile = RowTile::make<Shape::kHeadDim, Shape::kRows>(params, blockIdx.x);
     }
@@ -115,8 +114,7 @@ class ShortRows {
       if (threadIdx.x % kRowLanes == 0) {
         shared_.band_scale[0][row] = scales.x;
         shared_.band_scale[1][row] = scales.y;
-        shared_.visible[row] =
-            exists ? row_range(params_, shared_.tile.q_block(row)).visible : 0;
+        shared_.visible[row] = exists ? row_range(params_, shared_.tile.q_block(row)).visible : 0;
         shared_.keep_all[0][row] = params_.top_p >= 1.0;
         shared_.keep_all[1][row] = 0;
       }
@@ -185,8 +183,7 @@ class ShortRows {
     for (int row = warp(); row < shared_.tile.rows; row += Shape::kWarps) {
       const int visible = shared_.visible[row];
       if (visible > 0 && shared_.keep_all[band][row] == 0) {
-        const uint32_t word =
-            select(scores(row), visible, shared_.scale[band][row], rules);
+        const uint32_t word = select(scores(row), visible, shared_.scale[band][row], rules);
         if (lane() < Shape::kWords) {
           shared_.kept[row][lane()] |= word;
         }

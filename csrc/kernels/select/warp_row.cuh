@@ -99,9 +99,7 @@ class WarpRow {
     return isfinite(largest * scale) && isfinite(total_);
   }
 
-  __device__ uint32_t fixed(float weight) const {
-    return __float2uint_rn(weight * per_weight_);
-  }
+  __device__ uint32_t fixed(float weight) const { return __float2uint_rn(weight * per_weight_); }
 
   // Keep block i, in descending order of weight (ties: lower index first), while the sum before it
   // is under top_p of the total. With G(t) the sum of the weights above t, the lowest kept weight
@@ -109,7 +107,8 @@ class WarpRow {
   __device__ Cut search(const KeepRules& rules, int visible) const {
     const uint32_t target = rules.target;
     // Weights up to here cannot make up what the target leaves, even with all sums rounded.
-    const float floor = ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ / static_cast<float>(visible);
+    const float floor =
+        ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ / static_cast<float>(visible);
     Bracket bracket(fmaxf(floor, 0.f), 1.f, rules.top_p);
     uint32_t above_low = static_cast<uint32_t>(kProbabilityOne);
     uint32_t above_high = 0;

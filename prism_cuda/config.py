@@ -26,6 +26,8 @@ class PrismConfig:
             pair.
         top_p: probability mass each band keeps per query block, in [0, 1]. The one quality knob:
             higher keeps more blocks; 1 keeps all.
+        keep_above: each band also keeps blocks of at least this probability, in (0, 1]. None keeps
+            no more than top_p does.
         bands: "auto" splits the head by the RoPE frequencies; (high, low) sets the number of
             dimensions of each band; a :class:`~prism_cuda.bands.Bands` sets them one by one.
         rope_theta: RoPE base for bands="auto". None takes the model's, or 1e6 without a model.
@@ -42,6 +44,7 @@ class PrismConfig:
 
     block_size: int | tuple[int, int] = 128
     top_p: float = 0.95
+    keep_above: float | None = None
     bands: Literal["auto"] | tuple[int, int] | Bands = "auto"
     rope_theta: float | None = None
     inv_freq: Sequence[float] | torch.Tensor | None = None
@@ -54,6 +57,8 @@ class PrismConfig:
         sizes = ", ".join(str(pair) for pair in BLOCK_SIZES)
         self._check("block_size", self.block_sizes in BLOCK_SIZES, f"64, 128 or one of {sizes}")
         self._check("top_p", 0 <= self.top_p <= 1, "a number in [0, 1]")
+        above_valid = self.keep_above is None or 0 < self.keep_above <= 1
+        self._check("keep_above", above_valid, "None or a number above 0 and up to 1")
         self._check("bands", self._bands_valid(), "'auto', (high, low) dimensions or a Bands")
         theta_valid = self.rope_theta is None or self.rope_theta > 1
         self._check("rope_theta", theta_valid, "None or a number above 1")

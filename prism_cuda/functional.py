@@ -149,6 +149,7 @@ def select_blocks(
         config.top_p,
         config.keep_sink,
         config.keep_recent,
+        config.keep_above,
         causal,
         *config.block_sizes,
     )
@@ -236,6 +237,7 @@ def run_sparse(
             config.top_p,
             config.keep_sink,
             config.keep_recent,
+            config.keep_above,
             scale,
             causal,
             *config.block_sizes,
@@ -370,6 +372,7 @@ def _select(
         config.top_p,
         config.keep_sink,
         config.keep_recent,
+        config.keep_above,
         causal,
         *config.block_sizes,
     )

@@ -123,11 +123,16 @@ def recent_blocks(
     return (block >= first_block) & (block <= last_block)
 
 
-def top_p_blocks(logits: torch.Tensor, visible: torch.Tensor, top_p: float) -> torch.Tensor:
+def probable_blocks(
+    logits: torch.Tensor, visible: torch.Tensor, top_p: float, keep_above: float | None = None
+) -> torch.Tensor:
     """Keep the most probable visible blocks of each row until their probabilities sum to top_p.
+
+    Blocks of a probability of at least keep_above are kept as well.
 
     Args:
         logits: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
+        keep_above: in (0, 1], or None for no such rule.
 
     Returns:
         bool (..., Nq, Nk). Ties go to the lower index; a row with NaN probabilities keeps every
@@ -140,6 +145,8 @@ def top_p_blocks(logits: torch.Tensor, visible: torch.Tensor, top_p: float) -> t
     ordered = ordered.double()
     sum_before = ordered.cumsum(-1) - ordered
     kept = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, sum_before < top_p)
+    if keep_above is not None:
+        kept = kept | (probs >= keep_above)
     unknown = probs.isnan().any(-1, keepdim=True)
     return (kept | unknown) & visible
 
@@ -154,6 +161,7 @@ def select_blocks(
     top_p: float,
     keep_sink: int = 1,
     keep_recent: int = 1,
+    keep_above: float | None = None,
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
@@ -163,6 +171,7 @@ def select_blocks(
     Args:
         q_means, k_means: (B, Hq, Nq, D) and (B, Hkv, Nk, D) from :func:`block_pool`.
         q_len, k_len: tokens behind the means.
+        top_p, keep_above: what each band keeps, see :func:`probable_blocks`.
         high_band, low_band: flattened half-open dimension ranges; an empty band selects nothing.
 
     Returns:
@@ -175,7 +184,8 @@ def select_blocks(
     kept = (forced & visible).expand(*q_means.shape[:2], *visible.shape)
     for band in (high_band, low_band):
         if len(band):
-            kept = kept | top_p_blocks(band_logits(q_means, k_means, band), visible, top_p)
+            logits = band_logits(q_means, k_means, band)
+            kept = kept | probable_blocks(logits, visible, top_p, keep_above)
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
 
 

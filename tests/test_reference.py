@@ -55,8 +55,8 @@ def attention_by_row(q, k, v, kept, scale, causal, q_size, k_size):
     return weights @ v, lse
 
 
-def pick_by_row(logits, visible, top_p):
-    """Top-p of one row of logits, as a loop over the definition."""
+def pick_by_row(logits, visible, top_p, keep_above):
+    """Top-p, and what is above keep_above, of one row of logits, as a loop over the definition."""
     indices = [i for i, seen in enumerate(visible) if seen]
     if top_p >= 1:
         return set(indices)
@@ -72,6 +72,8 @@ def pick_by_row(logits, visible, top_p):
             break
         kept.add(indices[i])
         total += weights[i]
+    if keep_above is not None:
+        kept |= {i for i, w in zip(indices, weights, strict=True) if w / sum(weights) >= keep_above}
     return kept
 
 
@@ -112,7 +114,8 @@ def test_recent_blocks_hold_the_querys_own_tokens(lengths, keep_recent):
 
 
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 1.0])
-def test_top_p_row_by_row(top_p):
+@pytest.mark.parametrize("keep_above", [None, 1e-6, 0.1, 1.0])
+def test_probable_blocks_row_by_row(top_p, keep_above):
     logits = 3 * torch.randn(5, 12, 12, dtype=torch.float64)
     logits[1] = 0.0  # ties
     logits[2, 3, 1] = math.nan
@@ -121,10 +124,10 @@ def test_top_p_row_by_row(top_p):
     logits[2, 6, 9] = math.nan  # invisible: must not matter
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
     visible[0] = False
-    kept = reference.top_p_blocks(logits, visible, top_p)
+    kept = reference.probable_blocks(logits, visible, top_p, keep_above)
     for head in range(5):
         for row in range(12):
-            expected = pick_by_row(logits[head, row], visible[row], top_p)
+            expected = pick_by_row(logits[head, row], visible[row], top_p, keep_above)
             assert set(kept[head, row].nonzero().flatten().tolist()) == expected, (head, row)
 
 
@@ -159,14 +162,14 @@ def test_select_blocks_is_the_union(lengths, causal):
     q_means, k_means = reference.block_pool(q, q_size), reference.block_pool(k, k_size)
     high, low = [0, 16, 32, 48], [8, 32, 40, 64]
     bits, counts = reference.select_blocks(
-        q_means, k_means, q_len, k_len, high, low, 0.4, 2, 2, causal, q_size, k_size
+        q_means, k_means, q_len, k_len, high, low, 0.4, 2, 2, 0.1, causal, q_size, k_size
     )
     visible = visible_by_token(q_len, k_len, q_size, k_size, causal)
     expected = reference.recent_blocks(q_len, k_len, 2, q_size, k_size)
     expected[:, :2] = True
     for band in (high, low):
         logits = reference.band_logits(q_means, k_means, band)
-        expected = expected | reference.top_p_blocks(logits, visible, 0.4)
+        expected = expected | reference.probable_blocks(logits, visible, 0.4, 0.1)
     kept = _bits.unpack(bits, visible.shape[1])
     assert torch.equal(kept, (expected & visible).expand_as(kept))
     assert torch.equal(counts, kept.sum(-1, dtype=torch.int32))
@@ -174,7 +177,9 @@ def test_select_blocks_is_the_union(lengths, causal):
 
 def test_an_empty_band_selects_nothing():
     means = torch.randn(1, 1, 4, 16)
-    _, counts = reference.select_blocks(means, means, 256, 256, [], [], 0.9, 0, 0, True, 64, 64)
+    _, counts = reference.select_blocks(
+        means, means, 256, 256, [], [], 0.9, 0, 0, None, True, 64, 64
+    )
     assert counts.eq(0).all()
 
 

@@ -55,7 +55,8 @@ struct SelectBlocksParams {
   int k_block_size;  // tokens
   Band high;
   Band low;
-  double top_p;  // in [0, 1]
+  double top_p;       // in [0, 1]
+  double keep_above;  // in (0, 1], or infinite: the rule is off
   int64_t keep_sink;
   int64_t keep_recent;
   bool causal;

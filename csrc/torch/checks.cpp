@@ -152,7 +152,8 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
 
 SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
                                const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
-                               int64_t keep_sink, int64_t keep_recent) {
+                               int64_t keep_sink, int64_t keep_recent,
+                               std::optional<double> keep_above) {
   const SelectionBands bands{check_band(op, "high_band", high_band, head_dim),
                              check_band(op, "low_band", low_band, head_dim)};
   PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
@@ -160,6 +161,8 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
   PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
   PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
   PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
+  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
+              *keep_above, "; allowed: None, or above 0 and up to 1");
   return bands;
 }
 

@@ -75,7 +75,8 @@ struct SelectionBands {
 };
 SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
                                const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
-                               int64_t keep_sink, int64_t keep_recent);
+                               int64_t keep_sink, int64_t keep_recent,
+                               std::optional<double> keep_above);
 
 // The softmax scale, or head_dim^-1/2 where none is given.
 double check_scale(const char* op, std::optional<double> scale, int64_t head_dim);

@@ -43,21 +43,22 @@ std::tuple<Tensor, Tensor> estimate_blocks_cuda(const Tensor& q, const Tensor& k
 std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
                                            const std::vector<int64_t>& high_band,
                                            const std::vector<int64_t>& low_band, double top_p,
-                                           int64_t keep_sink, int64_t keep_recent, bool causal,
+                                           int64_t keep_sink, int64_t keep_recent,
+                                           std::optional<double> keep_above, bool causal,
                                            int64_t q_block_size, int64_t k_block_size) {
   check_qk(kOp, q, k);
   check_block_sizes(kOp, q_block_size, k_block_size);
-  [[maybe_unused]] const SelectionBands bands =
-      check_selection(kOp, high_band, low_band, q.size(3), top_p, keep_sink, keep_recent);
+  [[maybe_unused]] const SelectionBands bands = check_selection(
+      kOp, high_band, low_band, q.size(3), top_p, keep_sink, keep_recent, keep_above);
   if (q.is_cpu()) {
     return select_blocks(block_pool(q, q_block_size), block_pool(k, k_block_size), q.size(2),
-                         k.size(2), high_band, low_band, top_p, keep_sink, keep_recent, causal,
-                         q_block_size, k_block_size);
+                         k.size(2), high_band, low_band, top_p, keep_sink, keep_recent, keep_above,
+                         causal, q_block_size, k_block_size);
   }
 #ifdef PRISM_WITH_CUDA
   return estimate_blocks_cuda(q, k,
-                              {q.size(2), k.size(2), bands, top_p, keep_sink, keep_recent, causal,
-                               q_block_size, k_block_size});
+                              {q.size(2), k.size(2), bands, top_p, keep_sink, keep_recent,
+                               keep_above, causal, q_block_size, k_block_size});
 #else
   fail_without_cuda(kOp);
 #endif

@@ -7,11 +7,13 @@ STABLE_TORCH_LIBRARY(prism, m) {
   m.def("block_pool(Tensor x, int block_size) -> Tensor");
   m.def(
       "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
-      "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, bool causal=True, "
+      "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
+      "bool causal=True, "
       "int q_block_size=128, int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
       "estimate_blocks(Tensor q, Tensor k, int[] high_band, int[] low_band, float top_p, "
-      "int keep_sink=1, int keep_recent=1, bool causal=True, int q_block_size=128, "
+      "int keep_sink=1, int keep_recent=1, float? keep_above=None, bool causal=True, int "
+      "q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
@@ -19,7 +21,8 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "-> (Tensor out, Tensor lse)");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
-      "int keep_sink=1, int keep_recent=1, float? scale=None, bool causal=True, "
+      "int keep_sink=1, int keep_recent=1, float? keep_above=None, float? scale=None, bool "
+      "causal=True, "
       "int q_block_size=128, int k_block_size=128) "
       "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
   m.def(

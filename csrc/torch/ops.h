@@ -19,14 +19,16 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
                                          int64_t q_len, int64_t k_len,
                                          const std::vector<int64_t>& high_band,
                                          const std::vector<int64_t>& low_band, double top_p,
-                                         int64_t keep_sink, int64_t keep_recent, bool causal,
+                                         int64_t keep_sink, int64_t keep_recent,
+                                         std::optional<double> keep_above, bool causal,
                                          int64_t q_block_size, int64_t k_block_size);
 
 // block_pool of q and of k, and select_blocks, without the means in between.
 std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
                                            const std::vector<int64_t>& high_band,
                                            const std::vector<int64_t>& low_band, double top_p,
-                                           int64_t keep_sink, int64_t keep_recent, bool causal,
+                                           int64_t keep_sink, int64_t keep_recent,
+                                           std::optional<double> keep_above, bool causal,
                                            int64_t q_block_size, int64_t k_block_size);
 
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -37,7 +39,8 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,
     const std::vector<int64_t>& low_band, double top_p, int64_t keep_sink, int64_t keep_recent,
-    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size);
+    std::optional<double> keep_above, std::optional<double> scale, bool causal,
+    int64_t q_block_size, int64_t k_block_size);
 
 // The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
 std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,

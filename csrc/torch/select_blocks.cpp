@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "torch/checks.h"
 #include "torch/cuda_context.h"
 #include "torch/ops.h"
@@ -75,6 +77,7 @@ Selection make_selection(const char* op, const char* keys, const Tensor& like, i
   params.high = settings.bands.high;
   params.low = settings.bands.low;
   params.top_p = settings.top_p;
+  params.keep_above = settings.keep_above.value_or(std::numeric_limits<double>::infinity());
   params.keep_sink = settings.keep_sink;
   params.keep_recent = settings.keep_recent;
   params.causal = settings.causal;
@@ -95,7 +98,8 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
                                          int64_t q_len, int64_t k_len,
                                          const std::vector<int64_t>& high_band,
                                          const std::vector<int64_t>& low_band, double top_p,
-                                         int64_t keep_sink, int64_t keep_recent, bool causal,
+                                         int64_t keep_sink, int64_t keep_recent,
+                                         std::optional<double> keep_above, bool causal,
                                          int64_t q_block_size, int64_t k_block_size) {
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_means("q_means", q_means, "q_len", q_len, "q_block_size", q_block_size);
@@ -106,18 +110,18 @@ std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_
   PRISM_CHECK(k_means.size(3) == q_means.size(3), kOp, "k_means has head_dim ", k_means.size(3),
               "; expected q_means', ", q_means.size(3));
   check_gqa(kOp, "q_means", q_means.size(1), "k_means", k_means.size(1));
-  [[maybe_unused]] const SelectionBands bands =
-      check_selection(kOp, high_band, low_band, q_means.size(3), top_p, keep_sink, keep_recent);
+  [[maybe_unused]] const SelectionBands bands = check_selection(
+      kOp, high_band, low_band, q_means.size(3), top_p, keep_sink, keep_recent, keep_above);
   if (q_means.is_cpu()) {
     const auto outputs =
         call_reference<2>(kOp, q_means, k_means, q_len, k_len, high_band, low_band, top_p,
-                          keep_sink, keep_recent, causal, q_block_size, k_block_size);
+                          keep_sink, keep_recent, keep_above, causal, q_block_size, k_block_size);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
-  return select_blocks_cuda(
-      q_means, k_means,
-      {q_len, k_len, bands, top_p, keep_sink, keep_recent, causal, q_block_size, k_block_size});
+  return select_blocks_cuda(q_means, k_means,
+                            {q_len, k_len, bands, top_p, keep_sink, keep_recent, keep_above, causal,
+                             q_block_size, k_block_size});
 #else
   fail_without_cuda(kOp);
 #endif

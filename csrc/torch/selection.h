@@ -1,6 +1,8 @@
 // What select_blocks and estimate_blocks share: settings in, outputs and kernel parameters out.
 #pragma once
 
+#include <optional>
+
 #include "torch/checks.h"
 
 namespace prism {
@@ -13,6 +15,7 @@ struct SelectionSettings {
   double top_p;
   int64_t keep_sink;
   int64_t keep_recent;
+  std::optional<double> keep_above;
   bool causal;
   int64_t q_block_size;
   int64_t k_block_size;

@@ -18,7 +18,8 @@ namespace {
 using Prefill = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef high_band,
     at::IntArrayRef low_band, double top_p, int64_t keep_sink, int64_t keep_recent,
-    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size);
+    std::optional<double> keep_above, std::optional<double> scale, bool causal,
+    int64_t q_block_size, int64_t k_block_size);
 
 int run(const char* library) {
   // The library registers its ops as it is loaded.
@@ -42,7 +43,8 @@ int run(const char* library) {
   // The bands of a rotate-half RoPE model with head_dim 128, split at 64 and 96.
   const auto [out, lse, bits, counts] =
       prefill.call(q, k, v, {0, 32, 64, 96}, {16, 64, 80, 128}, /*top_p=*/1.0, /*keep_sink=*/1,
-                   /*keep_recent=*/1, /*scale=*/std::nullopt, /*causal=*/true, 128, 128);
+                   /*keep_recent=*/1, /*keep_above=*/std::nullopt, /*scale=*/std::nullopt,
+                   /*causal=*/true, 128, 128);
 
   const at::Tensor dense = at::scaled_dot_product_attention(
       q.to(at::kFloat), k.to(at::kFloat).repeat_interleave(4, 1),

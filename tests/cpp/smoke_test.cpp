@@ -176,6 +176,7 @@ prism::SelectBlocksParams select_params(const Shape& shape, double top_p) {
   params.low.dims[0] = 0xffffffff00000000;  // dimensions 32 to 63
   params.low.size = 32;
   params.top_p = top_p;
+  params.keep_above = INFINITY;  // off
   params.keep_sink = 1;
   params.keep_recent = 1;
   params.causal = true;

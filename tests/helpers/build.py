@@ -119,6 +119,7 @@ def select_settings(case: SelectCase) -> dict[str, object]:
     return {
         "keep_sink": case.keep_sink,
         "keep_recent": case.keep_recent,
+        "keep_above": case.keep_above,
         "causal": case.causal,
         "q_block_size": case.blocks[0],
         "k_block_size": case.blocks[1],

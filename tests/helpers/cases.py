@@ -195,6 +195,7 @@ class SelectCase:
     top_p: float = 0.8
     keep_sink: int = 1
     keep_recent: int = 1
+    keep_above: float | None = None
 
 
 SELECT_GROUPS: dict[str, tuple[SelectCase, ...]] = {
@@ -258,6 +259,13 @@ SELECT_GROUPS: dict[str, tuple[SelectCase, ...]] = {
         SelectCase("recent_4_offset_37", 640, 1317, top_p=0.0, keep_sink=0, keep_recent=4),
         SelectCase("recent_2_b128_64_offset_30", 640, 990, top_p=0.0, keep_sink=0, keep_recent=2,
                    blocks=B128_64),
+        SelectCase("above_0.01", 1280, 1280, keep_above=0.01),
+        SelectCase("above_0.05_p_0", 1280, 1280, top_p=0.0, keep_sink=0, keep_recent=0,
+                   keep_above=0.05),
+        SelectCase("above_0.02_past_one_word", 640, 40 * 64, top_p=0.2, keep_above=0.02),
+        SelectCase("above_1e-30", 640, 640, top_p=0.1, keep_above=1e-30),
+        SelectCase("above_1", 640, 640, top_p=0.1, keep_above=1.0),
+        SelectCase("above_p_1", 640, 640, top_p=1.0, keep_above=0.5),
         SelectCase("more_than_there_are", 640, 640, keep_sink=99, keep_recent=99),
         SelectCase("recent_bidirectional", 640, 1280, top_p=0.0, keep_sink=0, keep_recent=3,
                    causal=False),

@@ -236,6 +236,15 @@ def _top_p(probs: Tensor, top_p: float, rel: Tensor, band: float) -> tuple[Tenso
     return keep, (lowest < top_p) & (highest >= top_p)
 
 
+def _above(probs: Tensor, least: float, rel: Tensor, band: float) -> tuple[Tensor, Tensor]:
+    """Blocks of at least the probability `least`, and which are near ties.
+
+    The total may be off by `band` beside the error of the probability itself.
+    """
+    slack = rel + band
+    return probs >= least, (probs * (1 + slack) >= least) & (probs * (1 - slack) < least)
+
+
 def select(
     q_means: Tensor,
     k_means: Tensor,
@@ -247,6 +256,7 @@ def select(
     *,
     keep_sink: int = 1,
     keep_recent: int = 1,
+    keep_above: float | None = None,
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
@@ -297,6 +307,11 @@ def select(
             kept, near = torch.ones_like(kept), torch.zeros_like(near)
         if top_p == 0:
             kept, near = torch.zeros_like(kept), torch.zeros_like(near)
+        if keep_above is not None:
+            above, near_above = _above(probs.nan_to_num(0.0), keep_above, rel.nan_to_num(0.0), band)
+            # A block that one rule keeps for certain is kept, whatever the other says.
+            near = (near | near_above) & ~(kept & ~near) & ~(above & ~near_above)
+            kept = kept | above
         kept, near = kept | undefined, near & ~undefined
         keep |= kept & visible
         certain |= kept & ~near

@@ -159,6 +159,10 @@ for _op in ("select_blocks", "estimate_blocks", "prefill"):
         (_op, "top_p", str(p), to(p), "top_p") for p in (-0.01, 1.01, math.nan, math.inf, -math.inf)
     ]
     WRONG += [
+        (_op, "keep_above", str(p), to(p), "keep_above")
+        for p in (0.0, -0.1, 1.01, math.nan, math.inf)
+    ]
+    WRONG += [
         (_op, name, "negative", to(value), name)
         for name in ("keep_sink", "keep_recent")
         for value in (-1,)
@@ -292,6 +296,7 @@ def test_a_band_is_refused_exactly_if_it_is_wrong(
 
 WRONG_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "top_p": st.floats().filter(lambda p: not 0 <= p <= 1),
+    "keep_above": st.floats().filter(lambda p: not 0 < p <= 1),
     "keep_sink": st.integers(-(2**40), -1),
     "keep_recent": st.integers(-(2**40), -1),
     "q_block_size": st.integers(-(2**40), 2**40).filter(lambda n: n not in (64, 128)),

@@ -232,9 +232,11 @@ def test_any_setting_matches_float64(
     check_selection(kept(made), expected(made))
 
 
-# One segment is 1,024 key blocks; beyond it clusters of 2, 4, 8 and 16 CTAs share a row.
-ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 127, 128, 129, 255, 257, 512, 1000, 1023, 1024, 1025,
-               1500, 2047, 2048, 2049, 3000, 4096, 4097, 8192, 8193, 16383, 16384)  # fmt: skip
+# Around the lengths at which another kernel, another number of values a lane or another cluster
+# of 2, 4, 8 or 16 CTAs begins.
+ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 512, 513, 768, 769,
+               1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 3000, 4096, 4097, 8192, 8193, 16383,
+               16384)  # fmt: skip
 
 
 def long_rows(
@@ -265,6 +267,17 @@ def test_any_row_length_matches_float64(cuda: str, k_blocks: int) -> None:
 def test_long_rows_match_float64_at_any_p(cuda: str, k_blocks: int, top_p: float) -> None:
     case = long_rows(cuda, k_blocks, top_p=top_p, causal=False)
     check_selection(kept(case), expected(case))
+
+
+@pytest.mark.parametrize("k_blocks", [60, 200, 400, 1000, 3000, 16384])
+@pytest.mark.parametrize("top_p", [0.0, 0.3])
+def test_probable_blocks_are_kept_whatever_top_p(cuda: str, k_blocks: int, top_p: float) -> None:
+    case = long_rows(cuda, k_blocks, top_p=top_p, keep_above=0.5 / k_blocks)
+    want = expected(case)
+    case.settings["keep_above"] = None
+    assert want.keep.sum() > 1.2 * expected(case).keep.sum()
+    case.settings["keep_above"] = 0.5 / k_blocks
+    check_selection(kept(case), want)
 
 
 @pytest.mark.parametrize("k_blocks", [700, 3000, 9000])

@@ -1,4 +1,4 @@
-// How many CTAs share a row, and what of each GPU they use.
+// How rows are shared among warps, CTAs and clusters, and what of each GPU they use.
 #pragma once
 
 #include <string>
@@ -7,12 +7,33 @@
 #include "kernels/launch.h"
 #include "kernels/select/launch_select.h"
 #include "kernels/select/select_cta.cuh"
+#include "kernels/select/short_rows.cuh"
 
 namespace prism {
 
 constexpr int kDeepStages = 4;     // where shared memory is large: 9.0 and 10.0
 constexpr int kShallowStages = 2;  // fits the 99 KB that every supported GPU offers
 constexpr int kPortableCluster = 8;
+
+// Rows of up to 256 key blocks: a warp a row, since such launches are short of rows, not of warps.
+// Up to 1,024: fewer warps a row, so that several CTAs fit; where scores of 32 rows fit as well,
+// they halve the reads of the keys.
+template <int kHeadDim>
+using ShortestRows = ShortRowsShape<kHeadDim, 1, 16, 8>;
+template <int kHeadDim>
+using NarrowRows = ShortRowsShape<kHeadDim, 1, 8, kMaxShortWords>;
+template <int kHeadDim>
+using WideRows = ShortRowsShape<kHeadDim, 2, 16, kMaxShortWords>;
+constexpr int64_t kWideFrom = 513;  // key blocks
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
+    select_short_rows_kernel(const __grid_constant__ SelectBlocksParams params) {
+  extern __shared__ uint4 smem[];
+  ShortRows<Shape> rows(params, *reinterpret_cast<typename Shape::Storage*>(smem));
+  wait_for_producer();
+  rows.run();
+}
 
 template <int kHeadDim, int kCluster, int kStages>
 __global__ void __launch_bounds__(kSelectThreads, 1)
@@ -25,16 +46,33 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
   constexpr bool kSupported = true;
 #endif
   if constexpr (kSupported) {
+    SelectCta<kHeadDim, kCluster, kStages> cta(params, shared);
     wait_for_producer();
-    SelectCta<kHeadDim, kCluster, kStages>(params, shared).run();
+    cta.run();
   }
 }
+
+template <typename Shape>
+cudaError_t launch_short_rows(const SelectBlocksParams& params, bool overlaps,
+                              cudaStream_t stream) {
+  const auto kernel = select_short_rows_kernel<Shape>;
+  const int smem = Shape::smem_bytes(params.k_blocks);
+  // Set at every launch: the attributes belong to the device, not to the process.
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const int64_t rows = params.q_heads / params.kv_heads * params.q_blocks;
+  const int64_t tiles = (rows + Shape::kRows - 1) / Shape::kRows * params.kv_heads * params.batch;
+  return launch_kernel(kernel, {tiles, Shape::kThreads, smem, 1, overlaps}, stream, params);
+}
+
 template <int kHeadDim, int kCluster, int kStages>
 cudaError_t launch_select_kernel(const SelectBlocksParams& params, bool overlaps,
                                  cudaStream_t stream) {
   const auto kernel = select_blocks_kernel<kHeadDim, kCluster, kStages>;
   constexpr int kSmem = sizeof(SharedStorage<kHeadDim, kCluster, kStages>);
-  // Set at every launch: the attributes belong to the device, not to the process.
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
   if (error == cudaSuccess && kCluster > kPortableCluster) {
@@ -89,14 +127,25 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
   if (error != cudaSuccess) {
     return error;
   }
+  const bool overlaps = sm >= 90;
+  const auto is_short = [&](auto shape) {
+    return params.k_blocks <= decltype(shape)::kWords * 32 &&
+           decltype(shape)::smem_bytes(params.k_blocks) <= smem;
+  };
+  if (is_short(ShortestRows<kHeadDim>())) {
+    return launch_short_rows<ShortestRows<kHeadDim>>(params, overlaps, stream);
+  }
+  if (params.k_blocks >= kWideFrom && is_short(WideRows<kHeadDim>())) {
+    return launch_short_rows<WideRows<kHeadDim>>(params, overlaps, stream);
+  }
+  if (is_short(NarrowRows<kHeadDim>())) {
+    return launch_short_rows<NarrowRows<kHeadDim>>(params, overlaps, stream);
+  }
   constexpr int kLargest = sizeof(SharedStorage<kHeadDim, 16, kDeepStages>);
   if (sm < 90 || smem < kLargest) {
-    return launch_select_kernel<kHeadDim, 1, kShallowStages>(params, sm >= 90, stream);
+    return launch_select_kernel<kHeadDim, 1, kShallowStages>(params, overlaps, stream);
   }
   const int64_t segments = (params.k_blocks + kSegmentWords * 32 - 1) / (kSegmentWords * 32);
-  if (segments <= 1) {
-    return launch_select_kernel<kHeadDim, 1, kDeepStages>(params, true, stream);
-  }
   if (segments <= 2) {
     return launch_select_kernel<kHeadDim, 2, kDeepStages>(params, true, stream);
   }
@@ -111,18 +160,28 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
 
 template <int kHeadDim>
 void describe_select(std::vector<KernelInfo>& kernels) {
-  const std::string name = "select_blocks<d" + std::to_string(kHeadDim);
+  const std::string head_dim = "d" + std::to_string(kHeadDim);
+  const auto add_short = [&](auto shape) {
+    using Shape = decltype(shape);
+    describe_kernel(kernels,
+                    "select_short_rows<" + head_dim + ", rows " + std::to_string(Shape::kRows) +
+                        ", up to " + std::to_string(Shape::kWords * 32) + ">",
+                    std::to_string(Shape::kRows) + " query rows", select_short_rows_kernel<Shape>,
+                    Shape::kThreads, Shape::smem_bytes(Shape::kWords * 32));
+  };
+  add_short(ShortestRows<kHeadDim>());
+  add_short(NarrowRows<kHeadDim>());
+  add_short(WideRows<kHeadDim>());
   const auto add = [&](auto cluster, auto stages) {
     constexpr int kCluster = decltype(cluster)::value;
     constexpr int kStages = decltype(stages)::value;
     describe_kernel(kernels,
-                    name + ", cluster " + std::to_string(kCluster) + ", stages " +
-                        std::to_string(kStages) + ">",
+                    "select_blocks<" + head_dim + ", cluster " + std::to_string(kCluster) +
+                        ", stages " + std::to_string(kStages) + ">",
                     "32 query rows", select_blocks_kernel<kHeadDim, kCluster, kStages>,
                     kSelectThreads, sizeof(SharedStorage<kHeadDim, kCluster, kStages>));
   };
   add(std::integral_constant<int, 1>(), std::integral_constant<int, kShallowStages>());
-  add(std::integral_constant<int, 1>(), std::integral_constant<int, kDeepStages>());
 }
 
 }  // namespace prism

@@ -6,15 +6,11 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "kernels/select/interpolate.cuh"
+
 namespace prism {
 
 constexpr int kCandidates = 16;  // few enough to rank by comparing all pairs: one a lane
-
-__device__ inline float exp2_approximate(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-  return result;
-}
 
 struct Candidate {
   float weight;
@@ -31,15 +27,15 @@ __device__ inline Cut keep_nothing() { return {INFINITY, -1}; }
 
 // Keep block i, in descending order of weight (ties: lower index first), while the sum before it is
 // under top_p of the total. With G(t) the sum of the weights above t, the lowest kept weight lies
-// in (low, high] where G(low) >= target > G(high). Weights are positive floats: their bits, as
-// integers, have the same order, and halving between bits takes few steps at any magnitude.
+// in (low, high] where G(low) >= target > G(high).
 class RowSearch {
  public:
   __device__ void none() { *this = RowSearch(); }
 
   // `visible` weights, none above 1, sum to `total`.
-  __device__ void begin(double top_p, float total, int visible) {
+  __device__ void begin(double top_p, double keep_above, float total, int visible) {
     none();
+    least_ = static_cast<float>(keep_above * total);
     if (top_p == 0.0) {
       return;
     }
@@ -48,8 +44,8 @@ class RowSearch {
     active_ = true;
     // Weights up to `floor` cannot make up what the target leaves, even with all sums rounded.
     const float floor = ((total - target_) * 0.999f - total * 2e-6f) / static_cast<float>(visible);
-    low_ = __float_as_uint(fmaxf(floor, 0.f));
-    high_ = __float_as_uint(2.f);
+    bracket_ = Bracket(fmaxf(floor, 0.f), 2.f, static_cast<float>(top_p));
+    per_weight_ = 1.f / total;
     above_ = 0.f;
     count_low_ = visible;
     count_high_ = 0;
@@ -57,17 +53,17 @@ class RowSearch {
   }
 
   __device__ bool searching() const {
-    return active_ && candidates() > kCandidates && high_ - low_ > 1;
+    return active_ && candidates() > kCandidates && bracket_.open();
   }
-  __device__ float threshold() const { return __uint_as_float(low_ + (high_ - low_) / 2); }
+  __device__ float threshold() const { return __uint_as_float(bracket_.next()); }
   // The sum and number of the weights above threshold().
   __device__ void narrow(float sum, int count) {
-    const uint32_t middle = low_ + (high_ - low_) / 2;
+    const uint32_t bits = bracket_.next();
     if (sum >= target_) {
-      low_ = middle;
+      bracket_.raise_low(bits, sum * per_weight_);
       count_low_ = count;
     } else {
-      high_ = middle;
+      bracket_.lower_high(bits, sum * per_weight_);
       above_ = sum;
       count_high_ = count;
     }
@@ -77,13 +73,13 @@ class RowSearch {
   __device__ bool tied() const { return active_ && !searching() && candidates() > kCandidates; }
   __device__ bool searching_ties() const { return tied() && last_key_ - first_key_ > 1; }
   __device__ Cut tie_threshold() const {
-    return {__uint_as_float(high_), first_key_ + (last_key_ - first_key_) / 2};
+    return {__uint_as_float(bracket_.high()), first_key_ + (last_key_ - first_key_) / 2};
   }
   // The number of weights that equal tie_threshold().weight up to its key.
   __device__ void narrow_ties(int count) {
     const int middle = first_key_ + (last_key_ - first_key_) / 2;
     const double missing = static_cast<double>(target_) - above_;
-    if (count * static_cast<double>(__uint_as_float(high_)) >= missing) {
+    if (count * static_cast<double>(__uint_as_float(bracket_.high())) >= missing) {
       last_key_ = middle;
     } else {
       first_key_ = middle;
@@ -91,7 +87,9 @@ class RowSearch {
   }
 
   // Bits of the bounds of what has to be listed: low < weight <= high. Nothing where low = high.
-  __device__ uint2 listed() const { return active_ && !tied() ? uint2{low_, high_} : uint2{0, 0}; }
+  __device__ uint2 listed() const {
+    return active_ && !tied() ? uint2{bracket_.low(), bracket_.high()} : uint2{0, 0};
+  }
 
   // The row's cut, from a list of its candidates in any order, one a lane of the half warp that
   // owns the row (weight 0 where there is none). Fixed point makes their sums independent of order.
@@ -119,13 +117,13 @@ class RowSearch {
     for (int offset = kCandidates / 2; offset > 0; offset /= 2) {
       last = max(last, __shfl_xor_sync(0xffffffffu, last, offset));
     }
-    if (!active_) {
-      return keep_nothing();
+    Cut cut = keep_nothing();
+    if (active_) {
+      cut = tied() || last < 0 ? Cut{__uint_as_float(bracket_.high()), tied() ? last_key_ : -1}
+                               : Cut{lowest, last};
     }
-    if (tied()) {
-      return {__uint_as_float(high_), last_key_};
-    }
-    return last < 0 ? Cut{__uint_as_float(high_), -1} : Cut{lowest, last};
+    // All keys are visible up to here, and hidden ones weigh 0.
+    return least_ <= cut.weight ? Cut{fmaxf(least_, FLT_MIN), INT32_MAX / 2} : cut;
   }
 
  private:
@@ -134,9 +132,10 @@ class RowSearch {
   bool active_ = false;
   float target_ = 0.f;
   float above_ = 0.f;  // G(high)
-  uint32_t low_ = 0;
-  uint32_t high_ = 0;
-  int count_low_ = 0;  // weights above low, or a bound of their number
+  Bracket bracket_;
+  float per_weight_ = 0.f;  // 1 / total
+  float least_ = INFINITY;  // weights from here on are kept whatever their rank
+  int count_low_ = 0;       // weights above low, or a bound of their number
   int count_high_ = 0;
   int first_key_ = -1;  // too few ties up to here
   int last_key_ = -1;   // enough up to here

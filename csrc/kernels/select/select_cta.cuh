@@ -1,11 +1,8 @@
-// Selection for 32 query rows in a CTA, or a cluster of CTAs that share their keys.
+// Selection for 32 long query rows in a CTA, or a cluster of CTAs that share their keys.
 #pragma once
 
-#include "kernels/pool/emit_means.cuh"
 #include "kernels/select/cluster.cuh"
-#include "kernels/select/row_range.cuh"
 #include "kernels/select/select_storage.cuh"
-#include "kernels/select/temperature.cuh"
 
 namespace prism {
 
@@ -20,42 +17,24 @@ class SelectCta {
 
   __device__ SelectCta(const SelectBlocksParams& params, Storage& shared)
       : params_(params), shared_(shared) {
-    const int kv_heads = static_cast<int>(params.batch) * params.kv_heads;
-    const int index = static_cast<int>(blockIdx.x) / kCluster;
-    const int group = params.q_heads / params.kv_heads;
-    const int rows = group * static_cast<int>(params.q_blocks);
-    // The last rows see the most keys: they go first.
-    const int first = ((rows + kRows - 1) / kRows - 1 - index / kv_heads) * kRows;
-    const int last = min(first + kRows, rows) - 1;
-    const int scored_words = (row_range(params, last / group).visible + 31) / 32;
-    const int most_words = (scored_words + kCluster - 1) / kCluster;
-    segments_ = (most_words + kSegmentWords - 1) / kSegmentWords;
     if (threadIdx.x == 0) {
-      const SelectWorkspace workspace(params);
-      shared.tile = {first,
-                     index % kv_heads,
-                     last - first + 1,
-                     group,
-                     row_range(params, first / group).visible,
-                     scored_words,
-                     workspace.key_tiles + index % kv_heads * (workspace.padded_keys / kKeyTile) *
-                                               (kHeadDim / kDimSlice * 32),
-                     {band_slices(params.high), band_slices(params.low)}};
+      shared.tile = RowTile::make<kHeadDim, kRows>(params, static_cast<int>(blockIdx.x) / kCluster);
+      const int most_words = (shared.tile.scored_words + kCluster - 1) / kCluster;
+      shared.segments = (most_words + kSegmentWords - 1) / kSegmentWords;
     }
+    __syncthreads();
   }
 
   __device__ void run() {
-    __syncthreads();  // shared_.tile
-    const bool scored = params_.top_p < 1.0 && shared_.tile.scored_words > 0;
-    Stream stream(shared_.keys);
+    Stream stream(shared_.keys, shared_.tile.head_tiles);
     const int first_band = shared_.tile.slices[0] != 0 ? 0 : 1;
-    if (scored && segments_ == 1) {
-      stream.start(shared_.tile.head_tiles, tiles(0), shared_.tile.slices[first_band]);
+    if (shared_.segments == 1) {
+      start(stream, tiles(0), first_band);
     }
     set_up_rows();
 #pragma unroll 1
     for (int band = first_band; band < 2; ++band) {
-      if (scored && shared_.tile.slices[band] != 0) {
+      if (shared_.segments > 0 && shared_.tile.slices[band] != 0) {
         __syncthreads();  // the other band's queries are done with
         write_queries(band);
         __syncthreads();
@@ -63,12 +42,13 @@ class SelectCta {
       }
     }
     ThisCluster::sync();
-    write_rows(scored ? shared_.tile.scored_words : 0);
+    write_rows();
     ThisCluster::sync();  // peers may still read this CTA's words
   }
 
  private:
-  using Stream = KeyStream<kHeadDim, kCluster, kStages>;
+  using Stream = SegmentStream<kHeadDim, kCluster, kStages>;
+  using HeldScores = Scores<kTiles, kRowTiles>;
   using Tiles = WarpTiles<kCluster>;
   using ThisCluster = Cluster<kCluster>;
 
@@ -83,30 +63,18 @@ class SelectCta {
   }
   __device__ Tiles tiles(int segment) const { return Tiles(segment, cta_tiles(), rank()); }
 
-  // Query head over the batch, and query block.
-  __device__ int q_head(int row) const {
-    const RowTile& tile = shared_.tile;
-    return tile.kv_head * tile.group + (tile.first + row) % tile.group;
+  __device__ void start(Stream& stream, Tiles here, int band) const {
+    stream.start(here.first, here.count, shared_.tile.slices[band]);
   }
-  __device__ int q_block(int row) const { return (shared_.tile.first + row) / shared_.tile.group; }
 
-  // Visible keys, and log2(e) / (sqrt(d_z) tau_z) of both bands.
   __device__ void set_up_rows() {
     const int row = own_row() < shared_.tile.rows ? own_row() : 0;
-    const int visible = row == own_row() ? row_range(params_, q_block(row)).visible : 0;
-    const SelectWorkspace workspace(params_);
-    const int batch = shared_.tile.kv_head / params_.kv_heads;
-    const HeadEnergies q(workspace.head_energies(q_head(row) + batch * params_.kv_heads),
-                         EnergyChunks(params_.q_blocks).count);
-    const HeadEnergies k(
-        workspace.head_energies(shared_.tile.kv_head + (batch + 1) * params_.q_heads),
-        EnergyChunks(params_.k_blocks).count);
+    const int visible =
+        row == own_row() ? row_range(params_, shared_.tile.q_block(row)).visible : 0;
+    const float2 scales = shared_.tile.band_scales(params_, row);
     if (own_lane() == 0) {
-      constexpr float kLog2E = 1.4426950408889634f;
-      shared_.band_scale[0][own_row()] =
-          kLog2E * logit_scale(params_, q, k, kHighEnergy, params_.high.size);
-      shared_.band_scale[1][own_row()] =
-          kLog2E * logit_scale(params_, q, k, kLowEnergy, params_.low.size);
+      shared_.band_scale[0][own_row()] = scales.x;
+      shared_.band_scale[1][own_row()] = scales.y;
       shared_.visible[own_row()] = visible;
       shared_.counts[own_row()] = 0;
       shared_.exchanges[own_row()] = 0;
@@ -115,50 +83,12 @@ class SelectCta {
     __syncwarp();
   }
 
-  // Scales and splits the own row's dimensions of the band, zero elsewhere.
-  __device__ void write_queries(int band_index) {
-    const Band& band = band_index == 0 ? params_.high : params_.low;
-    constexpr int kQuads = kHeadDim / 4 / kRowLanes;  // of dimensions, a lane
+  __device__ void write_queries(int band) {
     const bool active = shared_.visible[own_row()] > 0;
-    float4 values[kQuads];
-    float largest = 0.f;
-    const int head = q_head(active ? own_row() : 0);
-    const float* source = static_cast<const float*>(params_.q_means.data) +
-                          head / params_.q_heads * params_.q_means.batch_stride +
-                          head % params_.q_heads * params_.q_means.head_stride +
-                          q_block(active ? own_row() : 0) * params_.q_means.row_stride;
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int dim = (i * kRowLanes + own_lane()) * 4;
-      const uint32_t used = active ? band_nibble(band, dim) : 0;
-      values[i] = {used & 1 ? source[dim] : 0.f, used & 2 ? source[dim + 1] : 0.f,
-                   used & 4 ? source[dim + 2] : 0.f, used & 8 ? source[dim + 3] : 0.f};
-      values[i] = finite_or_zero(values[i]);
-      largest = fmaxf(largest, largest_magnitude(values[i]));
-    }
-#pragma unroll
-    for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-    }
-    const HalfScale factor(largest);
-#pragma unroll
-    for (int i = 0; i < kQuads; ++i) {
-      const int quad = i * kRowLanes + own_lane();
-      const float4 x = values[i];
-      const uint4 split = split_halves(
-          {x.x * factor.scale, x.y * factor.scale, x.z * factor.scale, x.w * factor.scale});
-      auto& tile = shared_.queries[own_row() / 16][quad / 4];
-      const int lane = own_row() % 8 * 4 + quad % 4;
-      const int half = own_row() / 8 % 2;
-      auto* nearest = reinterpret_cast<uint32_t*>(&tile[0][lane]);
-      auto* rest = reinterpret_cast<uint32_t*>(&tile[1][lane]);
-      nearest[half] = split.x;
-      nearest[half + 2] = split.y;
-      rest[half] = split.z;
-      rest[half + 2] = split.w;
-    }
+    const float unscale = shared_.tile.template write_query<kHeadDim, kRowTiles>(
+        params_, band == 0 ? params_.high : params_.low, own_row(), active, shared_.queries);
     if (own_lane() == 0) {
-      const float scale = shared_.band_scale[band_index][own_row()] * factor.inverse;
+      const float scale = shared_.band_scale[band][own_row()] * unscale;
       // A row whose temperature is undefined keeps all it sees: nothing is known about it.
       const bool defined = isfinite(scale);
       if (active && !defined) {
@@ -168,9 +98,22 @@ class SelectCta {
     }
   }
 
+  // Scores of a segment's tiles; what lies beyond them is garbage.
+  __device__ void score(Stream& stream, Tiles here, int band, HeldScores& scores) const {
+    const uint32_t slices = shared_.tile.slices[band];
+    static_assert(kTiles == 2 * kTileGroup);
+    clear<kTiles, kRowTiles>(scores);
+    if (here.count > 0) {
+      stream.template score<0, kTiles>(shared_.queries, slices, scores);
+    }
+    if (here.count > kTileGroup) {
+      stream.template score<kTileGroup, kTiles>(shared_.queries, slices, scores);
+    }
+  }
+
   // Finds and marks what one band keeps.
   __device__ void search_band(Stream& stream, int band) {
-    Scores scores;
+    HeldScores scores;
     Pass pass = Pass::kMaximum;
     while (true) {
       Partial held[4];
@@ -179,24 +122,24 @@ class SelectCta {
         held[i] = {pass == Pass::kMaximum ? -INFINITY : 0.f, 0};
       }
 #pragma unroll 1
-      for (int segment = 0; segment < segments_; ++segment) {
+      for (int segment = 0; segment < shared_.segments; ++segment) {
         const Tiles here = tiles(segment);
-        if (pass == Pass::kMaximum || segments_ > 1) {
-          if (segments_ > 1) {
-            stream.start(shared_.tile.head_tiles, here, shared_.tile.slices[band]);
+        if (pass == Pass::kMaximum || shared_.segments > 1) {
+          if (shared_.segments > 1) {
+            start(stream, here, band);
           }
-          stream.score(shared_.queries, here, shared_.tile.slices[band], scores);
-          if (segments_ == 1 && band == 0 && shared_.tile.slices[1] != 0) {
-            stream.start(shared_.tile.head_tiles, here, shared_.tile.slices[1]);
+          score(stream, here, band, scores);
+          if (shared_.segments == 1 && band == 0 && shared_.tile.slices[1] != 0) {
+            start(stream, here, 1);
           }
           unscale_keys(scores, here);
         }
-        if (pass == Pass::kTotal || (pass != Pass::kMaximum && segments_ > 1)) {
+        if (pass == Pass::kTotal || (pass != Pass::kMaximum && shared_.segments > 1)) {
           weigh(scores, here);
         }
         const bool add = band == 1 && shared_.tile.slices[0] != 0;  // to what the other keeps
-        evaluate(pass, scores, here, held, add && segments_ == 1);
-        if (pass == Pass::kMark && segments_ > 1) {
+        evaluate(pass, scores, here, held, add && shared_.segments == 1);
+        if (pass == Pass::kMark && shared_.segments > 1) {
           __syncthreads();
           flush_words(segment, add);
           __syncthreads();
@@ -214,7 +157,8 @@ class SelectCta {
     }
   }
 
-  __device__ void evaluate(Pass pass, Scores& scores, Tiles here, Partial (&held)[4], bool add) {
+  __device__ void evaluate(Pass pass, HeldScores& scores, Tiles here, Partial (&held)[4],
+                           bool add) {
     switch (pass) {
       case Pass::kMaximum:
         each_score(scores, here,
@@ -245,8 +189,8 @@ class SelectCta {
       __syncthreads();
       return Pass::kTotal;
     }
-    RowSearch search = shared_.search[own_row()];
-    __syncwarp();
+    // In shared memory, and changed by one lane: registers are for scores.
+    RowSearch& search = shared_.search[own_row()];
     if (pass == Pass::kList) {
       const bool any = own_lane() < shared_.list_size[own_row()];
       const Cut cut =
@@ -255,21 +199,22 @@ class SelectCta {
       __syncthreads();
       return Pass::kMark;
     }
-    if (pass == Pass::kTotal) {
-      search.none();
-      if (shared_.visible[own_row()] > 0 && shared_.keep_all[own_row()] == 0) {
-        search.begin(params_.top_p, row.value, shared_.visible[own_row()]);
-      }
-    } else if (pass == Pass::kSearch) {
-      if (search.searching()) {
-        search.narrow(row.value, row.count);
-      }
-    } else if (search.searching_ties()) {
-      search.narrow_ties(row.count);
-    }
+    __syncwarp();
     if (own_lane() == 0) {
-      shared_.search[own_row()] = search;
+      if (pass == Pass::kTotal) {
+        search.none();
+        if (shared_.visible[own_row()] > 0 && shared_.keep_all[own_row()] == 0) {
+          search.begin(params_.top_p, params_.keep_above, row.value, shared_.visible[own_row()]);
+        }
+      } else if (pass == Pass::kSearch) {
+        if (search.searching()) {
+          search.narrow(row.value, row.count);
+        }
+      } else if (search.searching_ties()) {
+        search.narrow_ties(row.count);
+      }
     }
+    __syncwarp();
     if (pass != Pass::kTies) {
       publish(__float_as_uint(search.threshold()), 0);
       if (__syncthreads_or(search.searching())) {
@@ -319,7 +264,7 @@ class SelectCta {
 
   // Calls f(value, i of held_row, key - first_key(here, 0)) for every score of the warp.
   template <typename F>
-  __device__ static void each_score(Scores& scores, Tiles here, F f) {
+  __device__ static void each_score(HeldScores& scores, Tiles here, F f) {
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (j < here.count) {
@@ -348,7 +293,7 @@ class SelectCta {
   }
 
   // Undoes the power of two that each key was scaled by.
-  __device__ void unscale_keys(Scores& scores, Tiles here) const {
+  __device__ void unscale_keys(HeldScores& scores, Tiles here) const {
     const SelectWorkspace workspace(params_);
     const float* scales = workspace.key_scales + shared_.tile.kv_head * workspace.padded_keys;
 #pragma unroll
@@ -369,7 +314,7 @@ class SelectCta {
     }
   }
 
-  __device__ void weigh(Scores& scores, Tiles here) const {
+  __device__ void weigh(HeldScores& scores, Tiles here) const {
     float scale[4];
     float shift[4];
 #pragma unroll
@@ -395,7 +340,7 @@ class SelectCta {
     }
   }
 
-  __device__ void sum_above(Scores& scores, Tiles here, Partial (&held)[4]) const {
+  __device__ void sum_above(HeldScores& scores, Tiles here, Partial (&held)[4]) const {
     float threshold[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -409,7 +354,7 @@ class SelectCta {
     });
   }
 
-  __device__ void count_ties(Scores& scores, Tiles here, Partial (&held)[4]) const {
+  __device__ void count_ties(HeldScores& scores, Tiles here, Partial (&held)[4]) const {
     uint32_t weight[4];
     int last_tie[4];
 #pragma unroll
@@ -425,7 +370,7 @@ class SelectCta {
   }
 
   // Adds what lies between a row's bounds to its list, in every CTA of the cluster.
-  __device__ void list_candidates(Scores& scores, Tiles here) {
+  __device__ void list_candidates(HeldScores& scores, Tiles here) {
     uint32_t low[4];
     uint32_t width[4];
 #pragma unroll
@@ -468,7 +413,7 @@ class SelectCta {
   }
 
   // The kept keys of a tile are one byte of each row's word.
-  __device__ void mark(Scores& scores, Tiles here, bool add) {
+  __device__ void mark(HeldScores& scores, Tiles here, bool add) {
     float weight[4];
     int last_tie[4];
 #pragma unroll
@@ -546,18 +491,13 @@ class SelectCta {
     held[0] = row;
   }
 
-  __device__ uint32_t* row_words(int row) const {
-    const int64_t words = (params_.k_blocks + 31) / 32;
-    return params_.bits + (q_head(row) * params_.q_blocks + q_block(row)) * words;
-  }
-
   // Moves a segment's words to memory, where shared memory does not hold them all.
   __device__ void flush_words(int segment, bool add) {
     const int words = cta_tiles() / 4;
     for (int i = own_lane(); i < kSegmentWords; i += kRowLanes) {
       const int word = segment * kSegmentWords + i;
       if (own_row() < shared_.tile.rows && word < words) {
-        uint32_t* target = row_words(own_row()) + word * kCluster + rank();
+        uint32_t* target = shared_.tile.row_words(params_, own_row()) + word * kCluster + rank();
         const uint32_t kept = shared_.words[own_row()][i];
         *target = add ? *target | kept : kept;
       }
@@ -565,20 +505,20 @@ class SelectCta {
   }
 
   // Adds what is kept in any case, counts, and writes whole rows: each CTA of the cluster its part.
-  __device__ void write_rows(int scored_words) {
+  __device__ void write_rows() {
     constexpr int kThreadsOfRow = kRowLanes * kCluster;
     const int row = rank() * (kRows / kCluster) + threadIdx.x / kThreadsOfRow;
     const bool exists = row < shared_.tile.rows;
     if (exists) {
-      const RowRange range = row_range(params_, q_block(row));
+      const RowRange range = row_range(params_, shared_.tile.q_block(row));
       const int sink_end = shared_.keep_all[row] != 0 ? range.visible : range.sink_end;
       const int words = static_cast<int>((params_.k_blocks + 31) / 32);
-      uint32_t* target = row_words(row);
+      uint32_t* target = shared_.tile.row_words(params_, row);
       int count = 0;
       for (int word = threadIdx.x % kThreadsOfRow; word < words; word += kThreadsOfRow) {
         uint32_t bits = 0;
-        if (word < scored_words) {
-          bits = segments_ > 1
+        if (word < shared_.tile.scored_words) {
+          bits = shared_.segments > 1
                      ? __ldcg(target + word)
                      : *ThisCluster::of_peer(&shared_.words[row][word / kCluster], word % kCluster);
         }
@@ -591,13 +531,12 @@ class SelectCta {
     }
     __syncthreads();
     if (exists && threadIdx.x % kThreadsOfRow == 0) {
-      params_.counts[q_head(row) * params_.q_blocks + q_block(row)] = shared_.counts[row];
+      *shared_.tile.row_count(params_, row) = shared_.counts[row];
     }
   }
 
   const SelectBlocksParams& params_;
   Storage& shared_;
-  int segments_;
 };
 
 }  // namespace prism

@@ -1,13 +1,41 @@
-// The shared memory of a selecting CTA.
+// How a CTA shares long rows, and its shared memory.
 #pragma once
 
-#include "kernels/select/key_stream.cuh"
+#include "kernels/select/query_rows.cuh"
 #include "kernels/select/row_search.cuh"
 
 namespace prism {
 
-constexpr int kRowLanes = kSelectThreads / kRows;  // the half warp that owns a row
+constexpr int kSelectThreads = 512;
+constexpr int kSelectWarps = kSelectThreads / 32;
+constexpr int kRows = 32;     // query rows of a CTA
+constexpr int kRowTiles = 2;  // as mma tiles of 16
+constexpr int kTiles = 8;     // key tiles whose scores a warp holds in registers
+constexpr int kSegmentTiles = kTiles * kSelectWarps;
+constexpr int kSegmentWords = kSegmentTiles * kKeyTile / 32;
+static_assert(kRowLanes * kRows == kSelectThreads);
 static_assert(kRowLanes == kSelectWarps && kRowLanes == kCandidates);
+
+// Mask words go around the CTAs of a cluster, key tiles around the warps of a CTA: whatever the
+// number of visible keys, every warp has its share. This is the share of one warp in a segment.
+template <int kCluster>
+struct WarpTiles {
+  static constexpr int kStride = kSelectWarps * kCluster;  // from one tile to the warp's next
+
+  int count;  // up to kTiles
+  int first;  // among all tiles of the kv head
+
+  __device__ WarpTiles(int segment, int cta_tiles, int rank) {
+    const int warp = threadIdx.x / 32;
+    const int left = cta_tiles - segment * kSegmentTiles - warp;
+    count = min((left + kSelectWarps - 1) / kSelectWarps, kTiles);
+    first = ((segment * kSegmentWords + warp / 4) * kCluster + rank) * 4 + warp % 4;
+  }
+};
+
+template <int kHeadDim, int kCluster, int kStages>
+using SegmentStream =
+    KeyStream<kHeadDim, kRowTiles, kSelectThreads, kStages, WarpTiles<kCluster>::kStride>;
 
 // Sum (or maximum) and number of weights.
 struct Partial {
@@ -15,28 +43,17 @@ struct Partial {
   int count;
 };
 
-// The 32 query rows of a CTA: the query heads of one kv head side by side, block after block.
-struct RowTile {
-  int first;                // row of the kv head
-  int kv_head;              // over the batch
-  int rows;                 // that exist
-  int group;                // query heads of a kv head
-  int everywhere_visible;   // keys that every row sees
-  int scored_words;         // mask words of keys that some row sees
-  const uint4* head_tiles;  // of the kv head
-  uint32_t slices[2];       // of 16 dimensions that hold any of the high, the low band
-};
-
 template <int kHeadDim, int kCluster, int kStages>
 struct SharedStorage {
-  typename KeyStream<kHeadDim, kCluster, kStages>::Buffer keys;
-  QueryTiles<kHeadDim> queries;
+  typename SegmentStream<kHeadDim, kCluster, kStages>::Buffer keys;
+  QueryTiles<kHeadDim, kRowTiles> queries;
   Partial partials[kRows][2 * kSelectWarps + 2];  // two a warp, padded against bank conflicts
   Partial exchange[2][kCluster][kRows];
   Candidate listed[kRows][kCandidates];
   uint32_t words[kRows][kSegmentWords + 1];  // kept bits of this CTA's tiles
   // What only the owners of rows need lies here: registers are for scores.
   RowTile tile;
+  int segments;  // of this CTA's keys, whose scores registers hold at a time
   RowSearch search[kRows];
   float band_scale[2][kRows];
   int list_size[kRows];

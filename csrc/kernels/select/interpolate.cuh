@@ -1,0 +1,77 @@
+// Where to look next for the lowest weight to keep.
+#pragma once
+
+#include <cstdint>
+
+namespace prism {
+
+__device__ inline float exp2_approximate(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Log odds of a probability: against the logarithm of a threshold, the probability above it is
+// nearly a line wherever logits have a bell's shape. The offset keeps 0 and 1 finite.
+__device__ inline float log_odds(float probability) {
+  constexpr float kOffset = 1e-3f;
+  return __log2f(__fdividef(probability + kOffset, 1.f - probability + kOffset));
+}
+
+// A search between the bits of two positive floats. Bits have the order of the floats and are
+// nearly their logarithm, so that halving between them takes few steps at any magnitude.
+class Bracket {
+ public:
+  Bracket() = default;
+
+  // The wanted threshold lies in [low, high): the probability above it is `target`.
+  __device__ Bracket(float low, float high, float target) {
+    low_ = __float_as_uint(low);
+    high_ = __float_as_uint(high);
+    target_odds_ = log_odds(target);
+    low_odds_ = log_odds(1.f);
+    high_odds_ = log_odds(0.f);
+  }
+
+  __device__ uint32_t low() const { return low_; }
+  __device__ uint32_t high() const { return high_; }
+  __device__ bool open() const { return high_ - low_ > 1; }
+
+  // Strictly between low and high: interpolated, or the middle where that last failed to halve.
+  __device__ uint32_t next() const {
+    const uint32_t width = high_ - low_;
+    if (halve_) {
+      return low_ + width / 2;
+    }
+    const float part = __fdividef(low_odds_ - target_odds_, low_odds_ - high_odds_);
+    // Negated so that a NaN ends in the middle.
+    const float inside = !(part > 0.f && part < 1.f) ? 0.5f : part;
+    const auto step = static_cast<uint32_t>(inside * static_cast<float>(width));
+    return low_ + min(max(step, 1u), width - 1);
+  }
+
+  // The probability above `bits` is at least the target: nothing up to there can be the threshold's
+  // upper neighbour. Below it, the other way round.
+  __device__ void raise_low(uint32_t bits, float probability) {
+    narrowed(high_ - bits);
+    low_ = bits;
+    low_odds_ = log_odds(probability);
+  }
+  __device__ void lower_high(uint32_t bits, float probability) {
+    narrowed(bits - low_);
+    high_ = bits;
+    high_odds_ = log_odds(probability);
+  }
+
+ private:
+  __device__ void narrowed(uint32_t width) { halve_ = !halve_ && width > (high_ - low_) / 2; }
+
+  uint32_t low_ = 0;
+  uint32_t high_ = 0;
+  float target_odds_ = 0.f;
+  float low_odds_ = 0.f;
+  float high_odds_ = 0.f;
+  bool halve_ = false;
+};
+
+}  // namespace prism

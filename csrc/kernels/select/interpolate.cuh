@@ -50,8 +50,7 @@ class Bracket {
     return low_ + min(max(step, 1u), width - 1);
   }
 
-  // The probability above `bits` is at least the target: nothing up to there can be the threshold's
-  // upper neighbour. Below it, the other way round.
+  // `probability`, that above `bits`, is at least the target: for raise_low. Under it: lower_high.
   __device__ void raise_low(uint32_t bits, float probability) {
     narrowed(high_ - bits);
     low_ = bits;

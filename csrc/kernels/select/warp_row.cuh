@@ -113,27 +113,28 @@ class WarpRow {
     uint32_t above_low = static_cast<uint32_t>(kProbabilityOne);
     uint32_t above_high = 0;
 #pragma unroll 1
-    while (bracket.open()) {
+    for (int pass = 0; bracket.open(); ++pass) {
       const uint32_t bits = bracket.next();
       const float threshold = __uint_as_float(bits);
-      // Few weights are left: try the neighbours of the threshold as well.
-      const bool few = static_cast<float>(above_low - above_high) < 16.f * threshold * per_weight_;
+      // Few weights are left, or many that are nearly equal: try the threshold's neighbours too.
+      const bool close =
+          pass >= 8 || static_cast<float>(above_low - above_high) < 16.f * threshold * per_weight_;
       uint32_t next_above = 0;
       uint32_t next_below = 0;
       const uint32_t above =
-          few ? sum_and_neighbours(threshold, next_above, next_below) : sum_above(threshold);
+          close ? sum_and_neighbours(threshold, next_above, next_below) : sum_above(threshold);
       const float probability = static_cast<float>(above) * (1.f / kProbabilityOne);
       if (above >= target) {
-        if (few && above < target + fixed(__uint_as_float(next_above))) {
+        if (close && above < target + fixed(__uint_as_float(next_above))) {
           return {__uint_as_float(next_above), kAll};
         }
-        bracket.raise_low(few ? next_above - 1 : bits, probability);
+        bracket.raise_low(close ? next_above - 1 : bits, probability);
         above_low = above;
       } else {
-        if (few && above + fixed(__uint_as_float(next_below)) >= target) {
+        if (close && above + fixed(__uint_as_float(next_below)) >= target) {
           return {__uint_as_float(next_below), 1};
         }
-        bracket.lower_high(few ? max(next_below, bracket.low() + 1) : bits, probability);
+        bracket.lower_high(close ? max(next_below, bracket.low() + 1) : bits, probability);
         above_high = above;
       }
     }

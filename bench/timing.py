@@ -71,14 +71,20 @@ def measure(
 def capture(call: Callable[[Inputs], object], inputs: Sequence[Inputs]) -> Callable[[], None]:
     """The replay of a CUDA graph with a `call` on every input; it was replayed once already.
 
-    `call` must have run before, so that whatever it compiles or sets up is there.
+    `call` must have run before, so that whatever it compiles or sets up is there. What the graph
+    reads (the inputs, and the masks that `call` holds) lives as long as the replay.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for one in inputs:
             call(one)
-    graph.replay()
-    return graph.replay
+    kept = (call, inputs)
+
+    def replay(_kept: object = kept) -> None:
+        graph.replay()
+
+    replay()
+    return replay
 
 
 def measure_alternating(

@@ -36,7 +36,8 @@ class PrismConfig:
             (2j, 2j + 1). None takes the model's, or "half" without a model.
         keep_sink: leading key blocks every query block keeps.
         keep_recent: key blocks kept up to the query block's own, itself included.
-        dense_below: sequences with fewer keys use dense attention, which is cheaper there.
+        dense_below: sequences with fewer keys use dense attention, which is cheaper there. The
+            default is where bench/prefill.py saw both take equally long on an H200.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -51,7 +52,7 @@ class PrismConfig:
     rope_layout: Layout | None = None
     keep_sink: int = 1
     keep_recent: int = 1
-    dense_below: int = 4096
+    dense_below: int = 2304
 
     def __post_init__(self) -> None:
         sizes = ", ".join(str(pair) for pair in BLOCK_SIZES)

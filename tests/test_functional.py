@@ -123,12 +123,12 @@ def test_mask_for_other_lengths():
     [
         ((1, 9000, 128, torch.bfloat16, "cpu"), "dense", "decode"),
         ((127, 9000, 128, torch.bfloat16, "cpu"), "dense", "less than one block"),
-        ((4000, 4000, 128, torch.bfloat16, "cpu"), "dense", "dense_below 4096"),
+        ((2000, 2000, 128, torch.bfloat16, "cpu"), "dense", "dense_below 2304"),
         ((9000, 9000, 96, torch.bfloat16, "cpu"), "dense", "head_dim 96"),
         ((9000, 9000, 128, torch.float64, "cpu"), "dense", "float64"),
         ((9000, 9000, 128, torch.float32, "cuda"), "dense", "float32 is not supported on cuda"),
         ((9000, 9000, 128, torch.bfloat16, "meta"), "dense", "meta"),
-        ((128, 4096, 128, torch.float16, "cpu"), "prism", "block-sparse"),
+        ((128, 2304, 128, torch.float16, "cpu"), "prism", "block-sparse"),
         ((9000, 9000, 64, torch.float32, "cpu"), "prism", "block-sparse"),
     ],
 )

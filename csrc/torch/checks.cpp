@@ -168,8 +168,9 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
 
 double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
   const double value = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  PRISM_CHECK(std::isfinite(value) && value > 0.0, op, "scale is ", value,
-              "; allowed: finite and above 0");
+  constexpr double kLog2E = 1.4426950408889634;  // the kernels multiply by it in float32
+  PRISM_CHECK(value > 0.0 && std::isnormal(static_cast<float>(value * kLog2E)), op, "scale is ",
+              value, "; allowed: finite and above 0, and neither under nor over float32's range");
   return value;
 }
 

@@ -24,6 +24,10 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
   const CudaContext context(kOp, q);
   const NvtxRange range("prism.attention");
   Tensor out = torch::stable::empty_like(q);
+  if (out.stride(3) != 1) {  // an overlapping q can have another dimension innermost
+    out =
+        torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
+  }
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   SparseAttentionParams params;
   params.q = view(q);

@@ -106,6 +106,8 @@ for _op in ("sparse_attention", "prefill"):
         (_op, "scale", "negative", to(-1.0), "scale"),
         (_op, "scale", "nan", to(math.nan), "scale"),
         (_op, "scale", "inf", to(math.inf), "scale"),
+        (_op, "scale", "under float32", to(1e-40), "scale"),
+        (_op, "scale", "over float32", to(3e38), "scale"),
     ]
 WRONG += [
     ("sparse_attention", "bits", "int64", lambda x: x.long(), "bits"),

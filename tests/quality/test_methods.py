@@ -66,7 +66,7 @@ def test_official_selection_is_the_package_s(name, size) -> None:
     bands = PrismConfig(bands=(64, 96)).resolve_bands(128)
     means = (reference.block_pool(x, size) for x in (one.q, one.k))
     bits, _ = reference.select_blocks(
-        *means, LENGTH, LENGTH, *bands.ranges, 0.9, 1, 1, True, size, size
+        *means, LENGTH, LENGTH, *bands.ranges, 0.9, q_block_size=size, k_block_size=size
     )
     mask = METHODS[name].mask(one, 0.9)
     assert (mask == unpack(bits, mask.shape[-1])).all()

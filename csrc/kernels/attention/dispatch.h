@@ -1,4 +1,5 @@
-// Which attention kernel serves which call: pure functions, testable without a GPU.
+// Which attention kernel serves which call, and in what order it computes: pure functions, testable
+// without a GPU.
 #pragma once
 
 #include "kernels/params.h"
@@ -55,6 +56,14 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
     return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};
+}
+
+// KV heads whose tiles are interleaved: as many as share half of the L2 cache, so that all their
+// query rows, longest first, run against K and V that stay in it.
+inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
+  const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
+  const int64_t fitting = head_bytes > 0 ? l2_bytes / 2 / head_bytes : kv_heads;
+  return static_cast<int>(fitting < 1 ? 1 : fitting < kv_heads ? fitting : kv_heads);
 }
 
 }  // namespace prism

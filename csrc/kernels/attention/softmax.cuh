@@ -62,7 +62,7 @@ __device__ inline float exp2_approx(float x) {
 template <int kRows>
 struct OnlineSoftmax {
   // The exponent that what was accumulated is relative to follows the maximum only when that has
-  // grown by more than this: until then values stay under 2^8, and nothing has to be rescaled.
+  // grown by more than this in `update`: until then nothing has to be rescaled.
   static constexpr float kSlack = 8.f;
 
   float base[kRows];  // in units of log2; -inf: the row has seen no key
@@ -83,7 +83,7 @@ struct OnlineSoftmax {
 
   // Turns scores into 2^(scale_log2 * score - base) in place. What was accumulated before has to
   // be multiplied by `correction`, if it returns true: some row of the warp got another base.
-  // kMasked: scores of -inf may fill the visible part of a row.
+  // kMasked: scores of -inf may fill a row's part of this tile before it has seen any key.
   template <bool kMasked, typename Scores>
   __device__ __forceinline__ bool update(Scores& scores, float (&correction)[kRows]) {
     using namespace cute;

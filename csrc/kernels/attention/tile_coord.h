@@ -7,17 +7,9 @@
 
 namespace prism {
 
-// KV heads whose tiles are interleaved: as many as share half of the L2 cache, so that all their
-// query rows, longest first, run against K and V that stay in it.
-inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
-  const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
-  const int64_t fitting = head_bytes > 0 ? l2_bytes / 2 / head_bytes : kv_heads;
-  return static_cast<int>(fitting < 1 ? 1 : fitting < kv_heads ? fitting : kv_heads);
-}
-
 // Which (batch, head, query block) a tile index stands for. KV heads, counted over the batch, come
-// in sections. Within one the query blocks descend, since the last rows of a causal mask are the
-// longest, and the query heads of one KV head are neighbours.
+// in sections (dispatch.h). Within one the query blocks descend, since the last rows of a causal
+// mask are the longest, and the query heads of one KV head are neighbours.
 struct TileCoord {
   int batch;
   int q_head;
@@ -51,7 +43,7 @@ struct TileRows {
   __device__ TileRows(const SparseAttentionParams& params, int q_block, int tile_m)
       : first(q_block * tile_m),
         valid(min(tile_m, params.q_len - first)),
-        first_position(first + params.k_len - params.q_len),
+        first_position(first + (params.k_len - params.q_len)),
         k_end(params.causal ? max(min(first_position + valid, params.k_len), 0) : params.k_len) {}
 
   // Whether some row may not see some key of [first_key, first_key + keys).

@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/sm90/consumer.cuh"
@@ -24,19 +25,6 @@
 namespace prism::sm90 {
 
 enum class WarpgroupRole { kProducer = 0, kConsumer0 = 1, kConsumer1 = 2 };
-
-// Registers go from the producers to the consumers. compute-sanitizer's racecheck instruments code
-// with more than the producers are left with: it needs a build with PRISM_RACECHECK, which spills.
-template <typename Config, WarpgroupRole kRole>
-__device__ void move_registers() {
-#ifndef PRISM_RACECHECK
-  if constexpr (kRole == WarpgroupRole::kProducer) {
-    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-  } else {
-    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-  }
-#endif
-}
 
 template <typename Config>
 __device__ void run_kernel(const KernelArguments<Config>& arguments) {
@@ -68,7 +56,7 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
   const auto role =
       static_cast<WarpgroupRole>(__shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 128), 0));
   if (role == WarpgroupRole::kProducer) {
-    move_registers<Config, WarpgroupRole::kProducer>();
+    cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
     if (warp == 0) {
       Loader<Config>(arguments, storage).run();
@@ -76,7 +64,7 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
       Scheduler<Config>(arguments, storage).run();
     }
   } else {
-    move_registers<Config, WarpgroupRole::kConsumer0>();
+    cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     const int warpgroup = static_cast<int>(role) - static_cast<int>(WarpgroupRole::kConsumer0);
     Consumer<Config>(arguments, storage, warpgroup).run();
   }

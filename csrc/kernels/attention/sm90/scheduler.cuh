@@ -81,7 +81,7 @@ struct Scheduler {
     return tile;
   }
 
-  // Bit i: the box i below `box_end` is kept and at or above `first_masked`.
+  // Bit i: the box `box_end` - 1 - i is kept and at or above `first_masked`.
   __device__ static uint32_t masked_boxes(const MaskRow& mask, int first_masked, int box_end) {
     const int box = box_end - 1 - static_cast<int>(threadIdx.x % 32);
     return __ballot_sync(kAllLanes, box >= first_masked && mask.keeps(box / kBoxesPerBlock));

@@ -32,18 +32,19 @@ struct alignas(64) TileDescriptor {
     return (padding_boxes + __popc(masked_boxes) + kBoxes - 1) / kBoxes;
   }
 
-  // First key of a box: past every key for padding, before every key where no mask is needed.
+  // First key of a box, or what masks like it: past every possible key for padding (lengths end
+  // there, see checks.cpp), and 0 for a box without a mask, whose rows see more than its width.
   template <int kBoxN>
   __device__ int first_key(int box) const {
     box -= padding_boxes;
     if (box < 0) {
-      return 1 << 30;
+      return 2147483391;
     }
     uint32_t left = masked_boxes;
     for (int i = 0; i < box; ++i) {
       left &= left - 1;
     }
-    return left == 0 ? -(1 << 30) : (box_end - __ffs(static_cast<int>(left))) * kBoxN;
+    return left == 0 ? 0 : (box_end - __ffs(static_cast<int>(left))) * kBoxN;
   }
 };
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from masks import default_bands
 from record import print_table, write_json
 from timing import measure
 from torch import Tensor
@@ -50,15 +51,9 @@ class Inputs:
 Call = Callable[[Inputs], Any]
 
 
-def half_split(head_dim: int) -> tuple[list[int], list[int]]:
-    """The default bands of the rotate-half layout: half and three quarters of the dimensions."""
-    half = head_dim // 2
-    return [0, half // 2, half, half + half // 2], [half // 4, half, half + half // 4, head_dim]
-
-
 def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[str, Call]:
     ops = torch.ops.prism
-    bands = half_split(head_dim)
+    bands = default_bands(head_dim)
     sizes = {"q_block_size": block, "k_block_size": block}
     return {
         "estimate": lambda x: ops.estimate_blocks(x.q, x.k, *bands, top_p, **sizes),
@@ -75,7 +70,7 @@ def reference_call(block: int, length: int, head_dim: int, top_p: float) -> Call
     def call(x: Inputs) -> Any:
         return reference.select_blocks(
             reference.block_pool(x.q, block), reference.block_pool(x.k, block),
-            length, length, *half_split(head_dim), top_p,
+            length, length, *default_bands(head_dim), top_p,
             q_block_size=block, k_block_size=block,
         )  # fmt: skip
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism_cuda.bands import from_dims
+
 QUERY_BLOCK = 128
 
 
@@ -120,6 +122,11 @@ def halve_blocks(mask: Tensor, length: int, *, k_block: int, causal: bool) -> Te
     blocks = -(-length // 64)
     fine = fine[..., :blocks, :blocks]
     return fine.tril_() if causal else fine.contiguous()
+
+
+def default_bands(head_dim: int) -> tuple[list[int], list[int]]:
+    """The published bands as ranges: half and three quarters of the dimensions, rotate-half."""
+    return from_dims(head_dim // 2, head_dim * 3 // 4, head_dim).ranges
 
 
 def causal_density(mask: Tensor) -> float:

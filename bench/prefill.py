@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from implementations import Inputs, dense, flex, flex_mask
-from masks import causal_density, pack, random_causal_mask, structured_qkv
+from masks import causal_density, default_bands, pack, random_causal_mask, structured_qkv
 from record import print_table, write_json
 from timing import measure, measure_once_if_long
-from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-import prism_cuda  # noqa: F401  registers the ops
+from prism_cuda._bits import unpack  # registers the ops too
 
 COLUMNS = ["L", "distribution", "kept_density", "impl", "mode", "ms", "speedup", "error"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
@@ -33,12 +32,6 @@ IMPLS = ("prism", "fa2", "cudnn", "flex", "stages")
 BLOCK = 128
 DENSE = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 Row = dict[str, Any]
-
-
-def half_split(head_dim: int) -> tuple[list[int], list[int]]:
-    """The default bands of the rotate-half layout: half and three quarters of the dimensions."""
-    half = head_dim // 2
-    return [0, half // 2, half, half + half // 2], [half // 4, half, half + half // 4, head_dim]
 
 
 def timed(call: Callable[[], object]) -> Row:
@@ -49,11 +42,6 @@ def timed(call: Callable[[], object]) -> Row:
         torch.cuda.empty_cache()
         return {"mode": "-", "error": (str(error).splitlines() or ["?"])[0][:80]}
     return {"mode": mode, "ms": ms}
-
-
-def unpack(bits: Tensor, k_blocks: int) -> Tensor:
-    shifts = torch.arange(32, device=bits.device, dtype=torch.int32)
-    return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :k_blocks]
 
 
 def crossover(
@@ -94,7 +82,7 @@ class Bench:
             for impl in [name for name in DENSE if name in options.impls]:
                 call = dense(DENSE[impl])
                 self.add(length, "dense", impl, timed(lambda call=call: call(x)), kept_density=1.0)
-        bands = half_split(options.head_dim)
+        bands = default_bands(options.head_dim)
         ops = torch.ops.prism
         x.bits, x.counts = ops.estimate_blocks(q, k, *bands, options.top_p)
         blocks = x.counts.shape[-1]

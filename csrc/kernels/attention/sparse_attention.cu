@@ -2,6 +2,8 @@
 
 #include <cutlass/numeric_types.h>
 
+#include <cstdlib>
+
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/describe.h"
@@ -70,8 +72,10 @@ bool has_sm90_kernels() {
 AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm) {
   const bool tma = params.k_len > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
                    tma_compatible(params.v);
+  // Read at every call: benchmarks and tests run both kernels in one process.
+  const bool has_sm90 = has_sm90_kernels() && std::getenv("PRISM_PORTABLE_ATTENTION") == nullptr;
   return choose_attention_kernel(
-      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90_kernels(), tma});
+      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90, tma});
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,

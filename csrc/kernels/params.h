@@ -40,7 +40,7 @@ struct Band {
 struct SelectBlocksParams {
   TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
   TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
-  void* workspace;     // SelectWorkspace::bytes(*this), 16-byte aligned
+  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
   uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
   int64_t batch;

@@ -17,7 +17,6 @@
 #include "kernels/introspect.h"
 #include "kernels/pool/block_pool.h"
 #include "kernels/select/select_blocks.h"
-#include "kernels/select/workspace.h"
 
 namespace {
 
@@ -187,12 +186,18 @@ prism::TensorView view_of(const DeviceBuffer<float>& means, int heads, int block
   return {means.get(), int64_t(heads) * blocks * head_dim, int64_t(blocks) * head_dim, head_dim};
 }
 
-// From finished means. `sm` below 90 takes the way of GPUs without clusters.
+int64_t workspace_bytes(const prism::SelectBlocksParams& params) {
+  int64_t bytes = 0;
+  check(prism::select_workspace_bytes(params, &bytes), "select_workspace_bytes");
+  return bytes;
+}
+
+// From finished means. Launches do not overlap where `sm` is below 90.
 Mask select_from_means(const Shape& shape, const DeviceBuffer<float>& q_means,
                        const DeviceBuffer<float>& k_means, double top_p, int sm) {
   const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
   prism::SelectBlocksParams params = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params));
+  const DeviceBuffer<char> workspace(workspace_bytes(params));
   const DeviceBuffer<uint32_t> bits(rows * shape.words());
   const DeviceBuffer<int32_t> counts(rows);
   params.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
@@ -213,7 +218,7 @@ Mask estimate(const Shape& shape, const Input& q, const Input& k, double top_p) 
   params.k = k.view();
   params.dtype = prism::DType::kBFloat16;
   params.select = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params.select));
+  const DeviceBuffer<char> workspace(workspace_bytes(params.select));
   const DeviceBuffer<float> q_means(rows * shape.head_dim);
   const DeviceBuffer<uint32_t> bits(rows * shape.words());
   const DeviceBuffer<int32_t> counts(rows);
@@ -394,7 +399,7 @@ int main() {
       test_shape({4, 1, 200, 333, head_dim, 64, 64});
       test_shape({3, 3, 257, 600, head_dim, 128, 64});
     }
-    test_long_rows({4, 2, 500, 100000, 128, 64, 64});  // 1,563 key blocks: clusters of 2
+    test_long_rows({4, 2, 500, 100000, 128, 64, 64});  // 1,563 key blocks
     test_introspection();
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   } catch (const std::exception& error) {

@@ -96,6 +96,9 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
                           head / task.heads * task.x.batch_stride +
                           head % task.heads * task.x.head_stride + lane * kVector;
   EnergySums energies;
+  if (kEstimate && blockIdx.x == 0 && threadIdx.x == 0) {
+    *SelectWorkspace(arguments.select).tile_counter = 0;
+  }
   for (int64_t block = first_block; block < end_block; ++block) {
     const int buffer = static_cast<int>(block - first_block) % 2;
     const int64_t first_row = block * task.block_size;

@@ -188,7 +188,8 @@ def sparse_attention(
             f"expected {lengths}, the lengths of q and k"
         )
     _ops.load()
-    out, lse = torch.ops.prism.sparse_attention(
+    out, lse = _ops.call(
+        torch.ops.prism.sparse_attention,
         q,
         k,
         v,
@@ -228,7 +229,8 @@ def run_sparse(
         )
     else:
         high, low = bands.ranges
-        out, lse, bits, counts = torch.ops.prism.prefill(
+        out, lse, bits, counts = _ops.call(
+            torch.ops.prism.prefill,
             q,
             k,
             v,

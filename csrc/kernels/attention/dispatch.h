@@ -58,12 +58,17 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
   return {AttentionKernel::kSm80, "sm80"};
 }
 
-// KV heads whose tiles are interleaved: as many as share half of the L2 cache, so that all their
-// query rows, longest first, run against K and V that stay in it.
+// KV heads whose tiles are interleaved: as many as share most of the L2 cache, so that all their
+// query rows, longest first, run against K and V that stay in it. Evenly shared out, since a small
+// last section would end in a few long rows.
 inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
   const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
-  const int64_t fitting = head_bytes > 0 ? l2_bytes / 2 / head_bytes : kv_heads;
-  return static_cast<int>(fitting < 1 ? 1 : fitting < kv_heads ? fitting : kv_heads);
+  const int64_t fitting = head_bytes > 0 ? l2_bytes * 7 / 10 / head_bytes : kv_heads;
+  if (fitting < 2) {
+    return 1;
+  }
+  const int64_t sections = (kv_heads + fitting - 1) / fitting;
+  return static_cast<int>((kv_heads + sections - 1) / sections);
 }
 
 }  // namespace prism

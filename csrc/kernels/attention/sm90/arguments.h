@@ -18,16 +18,14 @@ struct KernelArguments {
   int kv_section;  // KV heads whose tiles are interleaved
 };
 
-// Position in a ring of stages whose barriers flip phase once a round.
+// Position in a ring of stages whose barriers flip phase once a round: one counter, because
+// registers are scarce.
 template <int kStages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0,
-                "stage and phase come from the bits of one counter");
   uint32_t count = 0;
 
   __device__ uint32_t stage() const { return count % kStages; }
   __device__ uint32_t phase() const { return count / kStages % 2; }
-  __device__ Ring previous() const { return {count - 1}; }
   __device__ void advance() { ++count; }
 };
 

@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <utility>
 
 #include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm90/arguments.h"
@@ -37,17 +36,20 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
     prefetch_tma_descriptor(arguments.tma_o.get_tma_descriptor());
     for (int i = 0; i < Config::kStagesQ; ++i) {
       storage.q_full[i].init(1);
-      storage.q_free[i].init(Config::kConsumerWarps);
+      storage.q_free[i].init(Config::kOutputInQueries ? Config::kConsumers
+                                                      : Config::kConsumerWarps);
     }
-    for (int i = 0; i < Config::kStages; ++i) {
+    for (int i = 0; i < Config::kStagesK; ++i) {
       storage.k_full[i].init(1);
-      storage.v_full[i].init(1);
       storage.k_free[i].init(Config::kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kStagesV; ++i) {
+      storage.v_full[i].init(1);
       storage.v_free[i].init(Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStagesTile; ++i) {
       storage.tile_full[i].init(1);
-      storage.tile_free[i].init(Config::kConsumerThreads + 32);  // and the loader's
+      storage.tile_free[i].init(Config::kConsumerThreads + 2 * 32);  // and the loaders'
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -59,8 +61,10 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
     if (warp == 0) {
-      Loader<Config>(arguments, storage).run();
+      Loader<Config, Operand::kKeys>(arguments, storage).run();
     } else if (warp == 1) {
+      Loader<Config, Operand::kValues>(arguments, storage).run();
+    } else if (warp == 2) {
       Scheduler<Config>(arguments, storage).run();
     }
   } else {

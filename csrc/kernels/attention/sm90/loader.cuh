@@ -1,4 +1,5 @@
-// The loader warp: keeps the Q, K and V stages full.
+// The loader warps: one keeps the stages of Q and K full, the other those of V, so that neither
+// waits behind a stage that the other may fill already.
 #pragma once
 
 #include "kernels/attention/sm90/arguments.h"
@@ -9,10 +10,13 @@ namespace prism::sm90 {
 
 using namespace cute;
 
-template <typename Config>
+enum class Operand { kKeys, kValues };
+
+template <typename Config, Operand kOperand>
 struct Loader {
   using Element = typename Config::Element;
   using Storage = typename Config::SharedStorage;
+  static constexpr bool kKeys = kOperand == Operand::kKeys;
   static constexpr int kBoxN = Config::kBoxN;
   static constexpr int kBoxes = Config::kBoxes;
   static constexpr int kBoxesPerBlock = Config::kBoxesPerBlock;
@@ -21,7 +25,7 @@ struct Loader {
   const SparseAttentionParams& params;
   Storage& storage;
   Ring<Config::kStagesTile> tile_ring;
-  Ring<Config::kStages> ring;
+  Ring<kKeys ? Config::kStagesK : Config::kStagesV> ring;
 
   __device__ Loader(const KernelArguments<Config>& arguments, Storage& storage)
       : arguments(arguments), params(arguments.params), storage(storage) {}
@@ -44,7 +48,7 @@ struct Loader {
 
   // Loads the kept boxes in descending order, after those of padding.
   __device__ void load_boxes(const TileDescriptor& tile, bool leader) {
-    if (leader) {
+    if (kKeys && leader) {
       const Ring<Config::kStagesQ> q_ring{static_cast<uint32_t>(tile.index)};
       // Queries first: their stage is free long before that of the first keys.
       storage.q_free[q_ring.stage()].wait(q_ring.phase() ^ 1);
@@ -88,18 +92,17 @@ struct Loader {
   }
 
   __device__ void load_key_tile(const int (&boxes)[kBoxes], const TileDescriptor& tile) {
-    const auto load_boxes_of = [&](const auto& tma, auto& free, auto& full, auto& target) {
-      free.wait(ring.phase() ^ 1);
-      full.arrive_and_expect_tx(Config::kBytesKV);
-#pragma unroll
-      for (int i = 0; i < kBoxes; ++i) {
-        load(tma, full, TMA::CacheHintSm90::EVICT_LAST, target, i * kBoxN, boxes[i] * kBoxN,
-             tile.kv_head, tile.batch);
-      }
-    };
     const uint32_t stage = ring.stage();
-    load_boxes_of(arguments.tma_k, storage.k_free[stage], storage.k_full[stage], storage.k[stage]);
-    load_boxes_of(arguments.tma_v, storage.v_free[stage], storage.v_full[stage], storage.v[stage]);
+    auto& free = kKeys ? storage.k_free[stage] : storage.v_free[stage];
+    auto& full = kKeys ? storage.k_full[stage] : storage.v_full[stage];
+    auto& target = kKeys ? storage.k[stage] : storage.v[stage];
+    free.wait(ring.phase() ^ 1);
+    full.arrive_and_expect_tx(Config::kBytesKV);
+#pragma unroll
+    for (int i = 0; i < kBoxes; ++i) {
+      load(kKeys ? arguments.tma_k : arguments.tma_v, full, TMA::CacheHintSm90::EVICT_LAST, target,
+           i * kBoxN, boxes[i] * kBoxN, tile.kv_head, tile.batch);
+    }
     ring.advance();
   }
 

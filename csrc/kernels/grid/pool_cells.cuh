@@ -1,7 +1,8 @@
 // Statistics of the cells of q and k. With them a base 2 logit of a query and a key cell is one
 // product over 2 head_dim dimensions: of {mean q, scale / 2 mean q^2} with {mean k, variance k},
 // times both cells' factors. The variance stands for what averaging keys takes from the logarithm
-// of a cell's mass, to second order.
+// of a cell's mass, to second order. One power of two scales both halves of a cell's vector into
+// float16's range: keys of magnitudes up to some 2^14 lose nothing by that, whatever the queries'.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -302,34 +302,54 @@ class GridCta {
     float* logits = scratch_ + tile * workspace_.tile_floats + lane() % 4 * Shape::kLaneBlocks;
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      float x[8];
+      float* row_logits = logits + (base_row + 8 * i) * Shape::kTileBlocks;
+      float block_largest[Shape::kLaneBlocks];
+      float block_sum[Shape::kLaneBlocks];
+      float block_logit[Shape::kLaneBlocks];
       float largest = rows[i].largest;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        x[j] = scores[i / 2][j / 2][i % 2 * 2 + j % 2] * cell_factor[j];
-        if (kMasked && tile * kTileCells + lane_cell + j >= visible[i]) {
-          x[j] = -INFINITY;
-        }
-        largest = fmaxf(largest, x[j]);
-      }
-      const float reference = kMasked && largest == -INFINITY ? 0.f : largest * factors[i];
-      float sums[Shape::kLaneBlocks] = {};
+      for (int block = 0; block < Shape::kLaneBlocks; ++block) {
+        float x[Shape::kBlockCells];
+        block_largest[block] = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        sums[j / Shape::kBlockCells] += exp2_approximate(fmaf(x[j], factors[i], -reference));
+        for (int j = 0; j < Shape::kBlockCells; ++j) {
+          const int cell = block * Shape::kBlockCells + j;
+          x[j] = scores[i / 2][cell / 2][i % 2 * 2 + cell % 2] * cell_factor[cell];
+          if (kMasked && tile * kTileCells + lane_cell + cell >= visible[i]) {
+            x[j] = -INFINITY;
+          }
+          block_largest[block] = fmaxf(block_largest[block], x[j]);
+        }
+        // Relative to its own largest, so that equal blocks get equal logits wherever they are.
+        const float reference = reference_of<kMasked>(block_largest[block], factors[i]);
+        block_sum[block] = 0.f;
+#pragma unroll
+        for (int j = 0; j < Shape::kBlockCells; ++j) {
+          block_sum[block] += exp2_approximate(fmaf(x[j], factors[i], -reference));
+        }
+        block_logit[block] = reference + log2_approximate(block_sum[block]);
+        largest = fmaxf(largest, block_largest[block]);
       }
-      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factors[i], -reference));
-      float* row_logits = logits + (base_row + 8 * i) * Shape::kTileBlocks;
       if constexpr (Shape::kLaneBlocks == 1) {
-        row_logits[0] = reference + log2_approximate(sums[0]);
-        sum += sums[0];
+        row_logits[0] = block_logit[0];
       } else {
-        *reinterpret_cast<float2*>(row_logits) = {reference + log2_approximate(sums[0]),
-                                                  reference + log2_approximate(sums[1])};
-        sum += sums[0] + sums[1];
+        *reinterpret_cast<float2*>(row_logits) = {block_logit[0], block_logit[1]};
+      }
+      const float reference = reference_of<kMasked>(largest, factors[i]);
+      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factors[i], -reference));
+#pragma unroll
+      for (int block = 0; block < Shape::kLaneBlocks; ++block) {
+        sum += block_sum[block] *
+               exp2_approximate(fmaf(block_largest[block], factors[i], -reference));
       }
       rows[i] = {largest, sum};
     }
+  }
+
+  // What exponents are relative to; 0 where nothing was visible.
+  template <bool kMasked>
+  __device__ static float reference_of(float largest, float factor) {
+    return kMasked && largest == -INFINITY ? 0.f : largest * factor;
   }
 
   // The base 2 logarithm of the row's total; NaN where it is not defined.

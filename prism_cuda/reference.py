@@ -220,8 +220,7 @@ def grid_masses(
     Returns:
         (B, Hq, Nq, Nk), rows summing to 1; 0 where nothing is visible, NaN where undefined.
     """
-    kv_heads, head_dim = k.shape[1], k.shape[3]
-    q_len, k_len = q.shape[2], k.shape[2]
+    kv_heads, q_len, k_len = k.shape[1], q.shape[2], k.shape[2]
     q_means, k_means = block_pool(q, CELL_TOKENS), block_pool(k, CELL_TOKENS)
     # Around the mean: less of it cancels than in the mean square minus the squared mean.
     own_mean = k_means.repeat_interleave(CELL_TOKENS, 2)[:, :, :k_len]

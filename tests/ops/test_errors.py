@@ -106,7 +106,9 @@ for _op in ("sparse_attention", "prefill"):
         (_op, "k", "longer", lambda x: x.repeat(1, 1, 2, 1), r"\b[kv]\b"),
     ]
 for _name in ("q", "k"):
-    WRONG += [("estimate_grid", _name, what, change, rf"\b{_name}\b") for what, change in ACTIVATION]
+    WRONG += [
+        ("estimate_grid", _name, what, change, rf"\b{_name}\b") for what, change in ACTIVATION
+    ]
 WRONG += [
     ("estimate_grid", "q", "5 heads", lambda x: x.repeat(1, 2, 1, 1)[:, :5], r"\bq\b.*5.*\bk\b.*2"),
     ("estimate_grid", "k", "other dtype", other_dtype, r"\bk\b.* dtype"),

@@ -213,9 +213,7 @@ def test_of_two_equal_key_blocks_the_lower_goes_first(device: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", [0, 1])
-def test_undefined_masses_keep_every_visible_block(
-    device: str, which: int, value: float
-) -> None:
+def test_undefined_masses_keep_every_visible_block(device: str, which: int, value: float) -> None:
     case = SelectCase("nan", 1280, 1280, q_heads=4, kv_heads=2)
     pair = qk(case, device)
     pair[which][0, 0, 700, 3] = value
@@ -235,9 +233,12 @@ def test_long_rows_match_float64(cuda: str, blocks: tuple[int, int]) -> None:
         k_len = k_blocks * blocks[1] - 11
         q = inputs.tensor((1, 2, 300, head_dim), torch.bfloat16, cuda, seed=1)
         k = inputs.tensor((1, 1, k_len, head_dim), torch.bfloat16, cuda, seed=2)
-        k += 2 * inputs.tensor((1, 1, k_blocks, head_dim), torch.bfloat16, cuda, seed=3)[
-            :, :, torch.arange(k_len, device=cuda) // blocks[1]
-        ]
+        k += (
+            2
+            * inputs.tensor((1, 1, k_blocks, head_dim), torch.bfloat16, cuda, seed=3)[
+                :, :, torch.arange(k_len, device=cuda) // blocks[1]
+            ]
+        )
         check((q, k), 0.8, **options_of(blocks, keep_above=1e-3))
 
 

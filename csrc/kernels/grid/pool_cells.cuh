@@ -76,10 +76,9 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int64_t head = index / task.cells_of_head;  // over the batch
   const int64_t first_token = index % task.cells_of_head * kCellTokens;
   const int tokens = static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
-  const Element* source = static_cast<const Element*>(task.x.data) +
-                          head / task.heads * task.x.batch_stride +
-                          head % task.heads * task.x.head_stride + first_token * task.x.row_stride +
-                          lane * kPoolVector;
+  const Element* source =
+      static_cast<const Element*>(task.x.data) + head / task.heads * task.x.batch_stride +
+      head % task.heads * task.x.head_stride + first_token * task.x.row_stride + lane * kPoolVector;
   CellPack<Element> packs[kCellTokens];
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {

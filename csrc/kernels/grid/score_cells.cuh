@@ -57,10 +57,10 @@ struct GridShape {
   static constexpr int kThreads = 32 * kGridWarps;
   static constexpr int kWarpRows = kCtaRows / kGridWarps;
   static constexpr int kRowTiles = kWarpRows / 16;
-  static constexpr int kSteps = 2 * kHeadDim / 16;      // of 16 dimensions
-  static constexpr int kChunks = 2 * kHeadDim / 8;      // of 16 bytes, of a cell
+  static constexpr int kSteps = 2 * kHeadDim / 16;  // of 16 dimensions
+  static constexpr int kChunks = 2 * kHeadDim / 8;  // of 16 bytes, of a cell
   static constexpr int kTileBlocks = kTileCells / kBlockCells;
-  static constexpr int kLaneBlocks = 8 / kBlockCells;   // of a tile, whose cells a lane scores
+  static constexpr int kLaneBlocks = 8 / kBlockCells;  // of a tile, whose cells a lane scores
   static constexpr int kStages = 4;
   static_assert(kWarpRows == 32 && kTileCells == 32);
 
@@ -70,7 +70,7 @@ struct GridShape {
   };
   struct Storage {
     Stage stages[kStages];
-    int visible[kCtaRows];    // key cells that a row sees; 0 where there is no row
+    int visible[kCtaRows];  // key cells that a row sees; 0 where there is no row
     float log_total[kCtaRows];
   };
   // Masses of a warp's row that fit in place of the stages.
@@ -339,8 +339,8 @@ class GridCta {
       float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factors[i], -reference));
 #pragma unroll
       for (int block = 0; block < Shape::kLaneBlocks; ++block) {
-        sum += block_sum[block] *
-               exp2_approximate(fmaf(block_largest[block], factors[i], -reference));
+        sum +=
+            block_sum[block] * exp2_approximate(fmaf(block_largest[block], factors[i], -reference));
       }
       rows[i] = {largest, sum};
     }
@@ -473,7 +473,7 @@ class GridCta {
   int k_cells_;
   int group_;
   int block_rows_;
-  int units_;  // of a key head
+  int units_;            // of a key head
   int64_t kv_head_ = 0;  // over the batch
   int first_unit_ = 0;
 };

@@ -28,10 +28,10 @@ struct GridWorkspace {
   // factors is a base 2 logit.
   float* q_factors;
   float* k_factors;
-  float* scratch;          // (ctas, cta_floats())
-  int64_t k_tile_count;    // tiles of kTileCells key cells
-  int64_t tile_floats;     // base 2 logits of a CTA's rows with the key blocks of a tile
-  int64_t mass_floats;     // masses of a row of key blocks, padded with zeros
+  float* scratch;        // (ctas, cta_floats())
+  int64_t k_tile_count;  // tiles of kTileCells key cells
+  int64_t tile_floats;   // base 2 logits of a CTA's rows with the key blocks of a tile
+  int64_t mass_floats;   // masses of a row of key blocks, padded with zeros
   int64_t total_bytes;
 
   __host__ __device__ GridWorkspace(const EstimateGridParams& params, int64_t ctas) {

@@ -79,7 +79,7 @@ def test_fine_is_the_package_s_grid(name) -> None:
         return torch.randn(1, heads, 11, 128).repeat_interleave(64, 2)[:, :, :LENGTH]
 
     noise, method = call(), METHODS[name]
-    one = Call(noise.q + drift(4), noise.k + drift(2))
+    one = Call(noise.q + 2 * drift(4), noise.k + 2 * drift(2))
     config = PrismConfig(block_size=(128, method.k_size), estimator="grid", top_p=0.9)
     bits, _ = reference.estimate_grid(
         one.q,

@@ -24,18 +24,15 @@ __device__ inline float log2_approximate(float x) {
   return result;
 }
 
-// Copies 16 bytes, or 4, into shared memory; zeros where `exists` is false.
+// Begins to copy 16 bytes, or 4, into shared memory.
 template <int kBytes>
-__device__ inline void copy_or_zero(void* target, const void* source, bool exists) {
+__device__ inline void copy_ahead(void* target, const void* source) {
   const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  const int size = exists ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(source),
-                 "r"(size)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(source)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared), "l"(source),
-                 "r"(size)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(source)
                  : "memory");
   }
 }
@@ -165,26 +162,28 @@ class GridCta {
   // Over the batch.
   __device__ int64_t q_head(int unit) const { return kv_head_ * group_ + unit % group_; }
 
-  // Begins to copy one tile, if there is one; one group of copies in any case.
+  // Begins to copy one tile, if there is one; one group of copies in any case. Behind the last cell
+  // it is repeated: no row sees that.
   __device__ void copy_tile(int stage, int tile, int tiles) {
     if (tile < tiles) {
+      constexpr int kCellsAtOnce = Shape::kThreads / Shape::kChunks;
       auto& target = shared_.stages[stage];
       const int64_t head_cell = kv_head_ * k_cells_;
+      const int chunk = static_cast<int>(threadIdx.x) % Shape::kChunks;
+      const int first = static_cast<int>(threadIdx.x) / Shape::kChunks;
+      const uint4* head = workspace_.k_cells + head_cell * Shape::kChunks + chunk;
+      const int last_cell = k_cells_ - 1 - tile * kTileCells;  // of the tile
 #pragma unroll
-      for (int i = 0; i < kTileCells * Shape::kChunks / Shape::kThreads; ++i) {
-        const int index = i * Shape::kThreads + static_cast<int>(threadIdx.x);
-        const int cell = index / Shape::kChunks;
-        const int chunk = index % Shape::kChunks;
-        const bool exists = tile * kTileCells + cell < k_cells_;
-        const int64_t place = head_cell + (exists ? tile * kTileCells + cell : 0);
-        copy_or_zero<16>(&target.cells[cell * Shape::kChunks + (chunk ^ swizzle(cell))],
-                         workspace_.k_cells + place * Shape::kChunks + chunk, exists);
+      for (int i = 0; i < kTileCells / kCellsAtOnce; ++i) {
+        const int cell = i * kCellsAtOnce + first;
+        const int place = tile * kTileCells + min(cell, last_cell);
+        copy_ahead<16>(&target.cells[cell * Shape::kChunks + (chunk ^ swizzle(cell))],
+                       head + place * Shape::kChunks);
       }
       if (threadIdx.x < kTileCells) {
         const int cell = static_cast<int>(threadIdx.x);
-        const bool exists = tile * kTileCells + cell < k_cells_;
-        const int64_t place = head_cell + (exists ? tile * kTileCells + cell : 0);
-        copy_or_zero<4>(&target.factors[cell], workspace_.k_factors + place, exists);
+        copy_ahead<4>(&target.factors[cell],
+                      workspace_.k_factors + head_cell + tile * kTileCells + min(cell, last_cell));
       }
     }
     asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -5,11 +5,11 @@
 
 `estimate` is the whole chain from q and k to the mask, `pool` the same with top_p 1, where nothing
 is scored: pooling and writing the mask. `pool q`, `pool k` and `select` are the ops on their own;
-`select` starts from means. GB/s counts what a stage has to read: q and k, or the means. MB is the
-memory one call takes at its peak beyond its inputs, its results included. Ours are CUDA-graph
-replays that take inputs in turn, so that none are left in L2; the official estimator reads the
-sizes of its masks back and cannot be captured: eager calls, with K repeated for each query head
-(`repeat kv`) beforehand, as it needs it.
+`select` starts from means. `prism_grid` is the grid estimator. GB/s counts what a stage has to
+read: q and k, or the means. MB is the memory one call takes at its peak beyond its inputs, its
+results included. Ours are CUDA-graph replays that take inputs in turn, so that none are left in L2;
+the official estimator reads the sizes of its masks back and cannot be captured: eager calls, with K
+repeated for each query head (`repeat kv`) beforehand, as it needs it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
         ),
         "pool q": lambda x: ops.block_pool(x.q, block),
         "pool k": lambda x: ops.block_pool(x.k, block),
+    }
+
+
+def grid_calls(block: int, top_p: float) -> dict[str, Call]:
+    """The grid estimator, whose query blocks are of 128 tokens."""
+    grid = torch.ops.prism.estimate_grid
+    rules = {"keep_above": (1 - top_p) / 10 or None, "q_block_size": 128, "k_block_size": block}
+    return {
+        "estimate": lambda x: grid(x.q, x.k, top_p, **rules),
+        "pool": lambda x: grid(x.q, x.k, 1.0, **rules),
     }
 
 
@@ -201,7 +211,9 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
 
-    def add(length: int, block: int, stage: str, impl: str, mode: str, row: dict[str, Any]) -> None:
+    def add(
+        length: int, block: int | str, stage: str, impl: str, mode: str, row: dict[str, Any]
+    ) -> None:
         rows.append({"L": length, "B": block, "stage": stage, "impl": impl, "mode": mode} | row)
         print_table([rows[-1]], COLUMNS)
 
@@ -225,6 +237,12 @@ def main() -> None:
                     calls[stage], inputs, "graph", bytes_read(stage, first), options.budget_ms
                 )
                 add(length, block, stage, "ours", "graph", row | kept)
+            for stage, call in grid_calls(block, options.top_p).items():
+                if stage in options.stages:
+                    row = time_call(
+                        call, inputs, "graph", bytes_read(stage, first), options.budget_ms
+                    )
+                    add(length, f"128x{block}", stage, "prism_grid", "graph", row)
             if not options.no_reference and length <= REFERENCE_UP_TO:
                 call = reference_call(block, length, options.head_dim, options.top_p)
                 row = time_call(call, inputs[:1], "eager", bytes_read("estimate", first), 20)

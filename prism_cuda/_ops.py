@@ -55,7 +55,7 @@ def load() -> None:
 
 def _register_reference() -> torch.library.Library:
     library = torch.library.Library("prism_reference", "DEF")
-    for name in ("block_pool", "select_blocks", "sparse_attention"):
+    for name in ("block_pool", "select_blocks", "estimate_grid", "sparse_attention"):
         schema = str(getattr(torch.ops.prism, name).default._schema)
         library.define(schema.removeprefix("prism::"))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -140,6 +140,23 @@ def _fake_estimate_blocks(
     )
 
 
+def _fake_estimate_grid(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_estimate_blocks(
+        q, k, [], [], top_p, q_block_size=q_block_size, k_block_size=k_block_size
+    )
+
+
 def _fake_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -181,6 +198,7 @@ _FAKE_KERNELS: dict[str, Callable] = {
     "block_pool": _fake_block_pool,
     "select_blocks": _fake_select_blocks,
     "estimate_blocks": _fake_estimate_blocks,
+    "estimate_grid": _fake_estimate_grid,
     "sparse_attention": _fake_sparse_attention,
     "prefill": _fake_prefill,
 }

@@ -112,7 +112,7 @@ def prefill(
     config = config or PrismConfig()
     choice = choose(q, k, v, config)
     if choice.path == "prism":
-        bands = config.resolve_bands(q.shape[-1])
+        bands = _bands(q, config)
         out, lse, mask = run_sparse(q, k, v, bands, config, scale, causal, choice.reason)
     elif return_lse or return_mask:
         mask = _full_mask(q, k, config, causal)
@@ -132,28 +132,16 @@ def select_blocks(
     k: torch.Tensor,
     *,
     config: PrismConfig | None = None,
+    scale: float | None = None,
     causal: bool = True,
 ) -> BlockMask:
     """Estimate which key blocks every query block needs; never falls back to dense.
 
-    Args and errors as in :func:`prefill`.
+    Args and errors as in :func:`prefill`. Only the grid estimator uses ``scale``.
     """
     config = config or PrismConfig()
     _ops.load()
-    high, low = config.resolve_bands(q.shape[-1]).ranges
-    bits, counts = torch.ops.prism.estimate_blocks(
-        q,
-        k,
-        high,
-        low,
-        config.top_p,
-        config.keep_sink,
-        config.keep_recent,
-        config.keep_above,
-        causal,
-        *config.block_sizes,
-    )
-    return BlockMask(bits, counts, q.shape[2], k.shape[2], *config.block_sizes, causal)
+    return _estimate(q, k, _bands(q, config), config, scale, causal)
 
 
 def sparse_attention(
@@ -207,26 +195,34 @@ def run_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bands: Bands,
+    bands: Bands | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
     reason: str,
     layer_idx: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
-    """Block-sparse attention with given bands, recorded: (out, lse, mask)."""
+    """Block-sparse attention, recorded: (out, lse, mask). bands is None for the grid estimator."""
     _ops.load()
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
     if recorder is not None and recorder.times:
-        means, times["pool"] = _timed(lambda: _pool(q, k, config), q.device)
-        mask, times["select"] = _timed(
-            lambda: _select(*means, q_len, k_len, bands, config, causal), q.device
-        )
+        if bands is None:
+            mask, times["select"] = _timed(
+                lambda: _estimate(q, k, bands, config, scale, causal), q.device
+            )
+        else:
+            means, times["pool"] = _timed(lambda: _pool(q, k, config), q.device)
+            mask, times["select"] = _timed(
+                lambda: _select(*means, q_len, k_len, bands, config, causal), q.device
+            )
         (out, lse), times["attend"] = _timed(
             lambda: sparse_attention(q, k, v, mask, scale=scale, return_lse=True), q.device
         )
+    elif bands is None:
+        mask = _estimate(q, k, bands, config, scale, causal)
+        out, lse = sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
     else:
         high, low = bands.ranges
         out, lse, bits, counts = _ops.call(
@@ -239,7 +235,7 @@ def run_sparse(
             config.top_p,
             config.keep_sink,
             config.keep_recent,
-            config.keep_above,
+            config.threshold,
             scale,
             causal,
             *config.block_sizes,
@@ -344,6 +340,29 @@ def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bo
     )
 
 
+def _bands(q: torch.Tensor, config: PrismConfig) -> Bands | None:
+    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
+
+
+def _estimate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bands: Bands | None,
+    config: PrismConfig,
+    scale: float | None,
+    causal: bool,
+) -> BlockMask:
+    """The block mask by bands, or by the grid where there are none."""
+    rules = (config.top_p, config.keep_sink, config.keep_recent, config.threshold)
+    sizes = config.block_sizes
+    if bands is None:
+        bits, counts = torch.ops.prism.estimate_grid(q, k, *rules, scale, causal, *sizes)
+    else:
+        high, low = bands.ranges
+        bits, counts = torch.ops.prism.estimate_blocks(q, k, high, low, *rules, causal, *sizes)
+    return BlockMask(bits, counts, q.shape[2], k.shape[2], *sizes, causal)
+
+
 def _pool(
     q: torch.Tensor, k: torch.Tensor, config: PrismConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -374,7 +393,7 @@ def _select(
         config.top_p,
         config.keep_sink,
         config.keep_recent,
-        config.keep_above,
+        config.threshold,
         causal,
         *config.block_sizes,
     )

@@ -17,6 +17,7 @@ import torch
 from prism_cuda import _bits
 
 RMS_EPS = 1e-6
+CELL_TOKENS = 16  # of a cell of the grid, on both sides
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -126,12 +127,21 @@ def recent_blocks(
 def probable_blocks(
     logits: torch.Tensor, visible: torch.Tensor, top_p: float, keep_above: float | None = None
 ) -> torch.Tensor:
+    """:func:`top_p_blocks` of the softmax of logits (..., Nq, Nk) over the visible blocks."""
+    return top_p_blocks(
+        logits.masked_fill(~visible, -math.inf).softmax(-1), visible, top_p, keep_above
+    )
+
+
+def top_p_blocks(
+    probs: torch.Tensor, visible: torch.Tensor, top_p: float, keep_above: float | None = None
+) -> torch.Tensor:
     """Keep the most probable visible blocks of each row until their probabilities sum to top_p.
 
     Blocks of a probability of at least keep_above are kept as well.
 
     Args:
-        logits: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
+        probs: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
         keep_above: in (0, 1], or None for no such rule.
 
     Returns:
@@ -139,8 +149,7 @@ def probable_blocks(
         visible block, since nothing is known about it.
     """
     if top_p >= 1:
-        return visible.expand(logits.shape).clone()
-    probs = logits.masked_fill(~visible, -math.inf).softmax(-1)
+        return visible.expand(probs.shape).clone()
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.double()
     sum_before = ordered.cumsum(-1) - ordered
@@ -186,6 +195,83 @@ def select_blocks(
         if len(band):
             logits = band_logits(q_means, k_means, band)
             kept = kept | probable_blocks(logits, visible, top_p, keep_above)
+    return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
+
+
+def grid_masses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    causal: bool,
+    q_block_size: int,
+    k_block_size: int,
+) -> torch.Tensor:
+    """Share of every query block's attention that each key block holds, estimated on a grid.
+
+    A cell of the grid is 16 queries by 16 keys. Its logit is that of the mean query and the mean
+    key, plus half the variance of the mean query's scores within the cell (the covariance of the
+    keys taken as diagonal), which averaging keys removes from the logarithm of the cell's mass. A
+    softmax over the visible cells of each 16 queries, summed to key blocks and averaged over the
+    query block, is the block's mass.
+
+    Args:
+        q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax.
+
+    Returns:
+        (B, Hq, Nq, Nk), rows summing to 1; 0 where nothing is visible, NaN where undefined.
+    """
+    kv_heads, q_len, k_len = k.shape[1], q.shape[2], k.shape[2]
+    q_means, k_means = block_pool(q, CELL_TOKENS), block_pool(k, CELL_TOKENS)
+    # Around the mean: less of it cancels than in the mean square minus the squared mean.
+    own_mean = k_means.repeat_interleave(CELL_TOKENS, 2)[:, :, :k_len]
+    variance = block_pool((k.to(k_means.dtype) - own_mean).square(), CELL_TOKENS)
+    q_vectors = torch.cat([q_means, (scale / 2) * q_means.square()], -1)
+    k_vectors = torch.cat([k_means, variance], -1)
+    grouped = q_vectors.unflatten(1, (kv_heads, q.shape[1] // kv_heads)) * scale
+    logits = (grouped @ k_vectors.unsqueeze(2).mT).flatten(1, 2)
+    visible = visible_blocks(q_len, k_len, causal, CELL_TOKENS, CELL_TOKENS, q.device)
+    seeing = visible.any(-1, keepdim=True)
+    probs = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~seeing, 0)
+    q_blocks, k_blocks = -(-q_len // q_block_size), -(-k_len // k_block_size)
+    q_cells, k_cells = q_block_size // CELL_TOKENS, k_block_size // CELL_TOKENS
+    pad_q = q_blocks * q_cells - probs.shape[2]
+    pad_k = k_blocks * k_cells - probs.shape[3]
+    probs = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q)).unflatten(3, (k_blocks, k_cells))
+    rows = torch.nn.functional.pad(seeing.to(probs.dtype), (0, 0, 0, pad_q))
+    masses = probs.sum(-1).unflatten(2, (q_blocks, q_cells)).sum(3)
+    return masses / rows.unflatten(0, (q_blocks, q_cells)).sum(1).clamp_min(1)
+
+
+def estimate_grid(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the key blocks of every query block by their masses on a grid of cells.
+
+    Args:
+        q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax, D ** -0.5 if None.
+        top_p, keep_above: keep the blocks of most mass until they hold top_p of it, and all of at
+            least keep_above, see :func:`top_p_blocks`.
+
+    Returns:
+        bits int32 (B, Hq, Nq, ceil(Nk / 32)) and counts int32 (B, Hq, Nq).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_len, k_len = q.shape[2], k.shape[2]
+    sizes = (q_block_size, k_block_size)
+    visible = visible_blocks(q_len, k_len, causal, *sizes, q.device)
+    forced = recent_blocks(q_len, k_len, keep_recent, *sizes, q.device)
+    forced[:, :keep_sink] = True
+    masses = grid_masses(q, k, scale, causal, *sizes)
+    kept = top_p_blocks(masses, visible, top_p, keep_above) | (forced & visible)
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
 
 

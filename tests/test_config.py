@@ -15,6 +15,7 @@ from prism_cuda.config import PrismConfig
     ("field", "value"),
     [
         ("block_size", 32),
+        ("estimator", "fine"),
         ("block_size", (64, 128)),
         ("top_p", 1.5),
         ("top_p", -0.1),
@@ -73,3 +74,11 @@ def test_mixed_blocks_split_by_the_larger_one():
 def test_bands_that_do_not_fit_the_head():
     with pytest.raises(ValueError, match="low is 96"):
         PrismConfig(bands=(64, 96)).resolve_bands(64)
+
+
+def test_threshold_of_the_grid_follows_top_p():
+    assert PrismConfig(top_p=0.9).threshold is None
+    assert PrismConfig(top_p=0.9, keep_above=0.2).threshold == 0.2
+    assert PrismConfig(top_p=0.9, estimator="grid").threshold == pytest.approx(0.01)
+    assert PrismConfig(top_p=1.0, estimator="grid").threshold is None
+    assert PrismConfig(top_p=0.9, keep_above=0.2, estimator="grid").threshold == 0.2

@@ -11,6 +11,10 @@ from prism_cuda import BlockMask, PrismConfig
 pytestmark = pytest.mark.usefixtures("needs_library")
 
 SPARSE = PrismConfig(block_size=64, top_p=0.5, dense_below=0)
+# Of 64 dimensions, as the heads of these tests: a grid must not ask for bands that do not fit.
+GRID = PrismConfig(
+    block_size=64, top_p=0.3, dense_below=0, estimator="grid", keep_above=0.3, bands=(64, 96)
+)
 EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
 DENSE = PrismConfig(block_size=64, dense_below=1 << 40)
 
@@ -52,15 +56,37 @@ def test_both_paths_equal_dense_attention(config, causal, lengths):
     assert mask.density() == 1.0 and mask.causal == causal
 
 
-def test_prefill_is_select_then_attend():
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_prefill_is_select_then_attend(config):
     q, k, v = qkv()
-    out, mask = prism_cuda.prefill(q, k, v, config=SPARSE, return_mask=True)
-    selected = prism_cuda.select_blocks(q, k, config=SPARSE)
+    out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    selected = prism_cuda.select_blocks(q, k, config=config)
     assert torch.equal(mask.bits, selected.bits)
     assert mask.density() < 1
     attended, lse = prism_cuda.sparse_attention(q, k, v, selected, return_lse=True)
     assert torch.equal(out, attended)
     assert lse.shape == q.shape[:3]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_grid_passes_its_settings_to_the_op(causal):
+    q, k, v = qkv(300, 500)
+    config = PrismConfig(block_size=(128, 64), top_p=0.5, dense_below=0, estimator="grid",
+                         keep_sink=2, keep_recent=3)  # fmt: skip
+    with prism_cuda.record(masks=True, times=True) as recording:
+        out, mask = prism_cuda.prefill(
+            q, k, v, config=config, scale=0.3, causal=causal, return_mask=True
+        )
+    bits, counts = torch.ops.prism.estimate_grid(q, k, 0.5, 2, 3, 0.05, 0.3, causal, 128, 64)
+    assert torch.equal(mask.bits, bits) and torch.equal(mask.counts, counts)
+    (call,) = recording.calls
+    assert set(call.times) == {"select", "attend"}
+    assert torch.equal(out, prism_cuda.prefill(q, k, v, config=config, scale=0.3, causal=causal))
+    assert torch.equal(
+        prism_cuda.select_blocks(q, k, config=config, scale=0.3, causal=causal).bits, bits
+    )
+    expected = prism_cuda.sparse_attention(q, k, v, mask, scale=0.3)
+    assert torch.equal(out, expected)
 
 
 def test_recorded_stages_give_the_same_result():
@@ -152,11 +178,12 @@ def test_cuda_equals_cpu():
     assert all(seconds > 0 for seconds in recording.calls[0].times.values())
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_compiles_without_graph_breaks(config):
     q, k, v = qkv(200, 200)
     compiled = torch.compile(
-        lambda q, k, v: prism_cuda.prefill(q, k, v, config=SPARSE),
+        lambda q, k, v: prism_cuda.prefill(q, k, v, config=config),
         fullgraph=True,
         backend="aot_eager",
     )
-    assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=SPARSE))
+    assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=config))

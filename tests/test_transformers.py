@@ -11,6 +11,7 @@ from transformers import (  # noqa: E402
     CohereConfig,
     Gemma2Config,
     GlmConfig,
+    GPT2Config,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -120,6 +121,29 @@ def test_sparse_differs_and_is_recorded():
         assert set(call.times) == {"pool", "select", "attend"}
     close(logits(model, "prism-sparse", ids), timed)
     assert len(recording.calls) == 2
+
+
+def test_grid_needs_no_rope():
+    config = GPT2Config(
+        vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=1024, bos_token_id=1,
+        eos_token_id=2, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().eval()
+    exact = PrismConfig(block_size=64, top_p=1.0, dense_below=0, estimator="grid")
+    prism_cuda.register(exact, "prism-grid")
+    prism_cuda.register(
+        PrismConfig(block_size=64, top_p=0.3, keep_above=0.5, dense_below=0, estimator="grid"),
+        "prism-grid-sparse",
+    )
+    ids = tokens(2, 640)
+    expected = logits(model, "eager", ids)
+    close(logits(model, "prism-grid", ids), expected)
+    with prism_cuda.record() as recording:
+        assert (logits(model, "prism-grid-sparse", ids) - expected).abs().max() > 1e-4
+    assert all(call.path == "prism" and 0 < call.density < 1 for call in recording.calls)
+    with pytest.raises(ValueError, match="rotary"):
+        logits(model, "prism", ids)
 
 
 def test_padding_on_both_sides():

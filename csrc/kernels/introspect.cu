@@ -7,6 +7,7 @@ std::vector<KernelInfo> list_kernels() {
   describe_block_pool(kernels);
   describe_prepare_means(kernels);
   describe_select_blocks(kernels);
+  describe_estimate_grid(kernels);
   describe_sparse_attention(kernels);
   return kernels;
 }

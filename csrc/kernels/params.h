@@ -70,6 +70,15 @@ struct EstimatePoolParams {
   DType dtype;
 };
 
+// Selection from the masses of a grid of cells, see kernels/grid.
+struct EstimateGridParams {
+  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
+  float scale;                // softmax scale, > 0
+  DType dtype;
+};
+
 struct SparseAttentionParams {
   TensorView q;           // (batch, q_heads, q_len, head_dim), dtype
   TensorView k;           // (batch, kv_heads, k_len, head_dim), dtype

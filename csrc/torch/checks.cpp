@@ -150,6 +150,15 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
   return band;
 }
 
+void check_rules(const char* op, double top_p, int64_t keep_sink, int64_t keep_recent,
+                 std::optional<double> keep_above) {
+  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
+  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
+  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
+  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
+              *keep_above, "; allowed: None, or above 0 and up to 1");
+}
+
 SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
                                const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
                                int64_t keep_sink, int64_t keep_recent,
@@ -158,11 +167,7 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
                              check_band(op, "low_band", low_band, head_dim)};
   PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
               "high_band and low_band are both empty; at least one must name dimensions");
-  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
-  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
-  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
-  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
-              *keep_above, "; allowed: None, or above 0 and up to 1");
+  check_rules(op, top_p, keep_sink, keep_recent, keep_above);
   return bands;
 }
 

@@ -68,6 +68,10 @@ void check_block_sizes(const char* op, int64_t q_block_size, int64_t k_block_siz
 Band check_band(const char* op, const char* name, const std::vector<int64_t>& ranges,
                 int64_t head_dim);
 
+// What a selection keeps.
+void check_rules(const char* op, double top_p, int64_t keep_sink, int64_t keep_recent,
+                 std::optional<double> keep_above);
+
 // Settings shared by select_blocks and prefill. Fills both bands.
 struct SelectionBands {
   Band high;

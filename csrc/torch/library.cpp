@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
+      "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
+      "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
+      "int k_block_size=128) -> (Tensor bits, Tensor counts)");
+  m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
       "-> (Tensor out, Tensor lse)");
@@ -36,6 +40,7 @@ static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("block_pool", TORCH_BOX(&prism::block_pool));
   m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
+  m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
   m.impl("prefill", TORCH_BOX(&prism::prefill));
 }

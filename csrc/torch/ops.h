@@ -31,6 +31,13 @@ std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
                                            std::optional<double> keep_above, bool causal,
                                            int64_t q_block_size, int64_t k_block_size);
 
+// Blocks by the masses of a grid of 16 x 16 tokens over the full width of the heads.
+std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, double top_p,
+                                         int64_t keep_sink, int64_t keep_recent,
+                                         std::optional<double> keep_above,
+                                         std::optional<double> scale, bool causal,
+                                         int64_t q_block_size, int64_t k_block_size);
+
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,

@@ -119,7 +119,7 @@ class PrismAttention:
                 query, key, value, scale, True, choice.reason, layer_idx, dropout
             )
         bands = self._bands.get(module)
-        if bands is None:
+        if bands is None and self.config.estimator == "bands":
             bands = self._bands[module] = layer_bands(module, query.shape[-1], self.config)
         out, _, _ = functional.run_sparse(
             query, key, value, bands, self.config, scale, True, choice.reason, layer_idx

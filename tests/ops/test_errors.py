@@ -48,6 +48,8 @@ def good(name: str, device: str) -> Arguments:
         return {**qkv, **SELECTION, **BLOCKS}
     if name == "estimate_blocks":
         return {"q": qkv["q"], "k": qkv["k"], **SELECTION, **BLOCKS}
+    if name == "estimate_grid":
+        return {"q": qkv["q"], "k": qkv["k"], "top_p": 0.9, **BLOCKS}
     bits, counts = oracle.pack_bits(torch.ones(2, 4, 3, 4, dtype=torch.bool, device=device))
     return {**qkv, "bits": bits, "counts": counts, **BLOCKS}
 
@@ -102,6 +104,18 @@ for _op in ("sparse_attention", "prefill"):
         (_op, "v", "1 head", lambda x: x[:, :1], r"\bv\b"),
         (_op, "v", "shorter", lambda x: x[:, :, :199], r"\bv\b"),
         (_op, "k", "longer", lambda x: x.repeat(1, 1, 2, 1), r"\b[kv]\b"),
+    ]
+for _name in ("q", "k"):
+    WRONG += [
+        ("estimate_grid", _name, what, change, rf"\b{_name}\b") for what, change in ACTIVATION
+    ]
+WRONG += [
+    ("estimate_grid", "q", "5 heads", lambda x: x.repeat(1, 2, 1, 1)[:, :5], r"\bq\b.*5.*\bk\b.*2"),
+    ("estimate_grid", "k", "other dtype", other_dtype, r"\bk\b.* dtype"),
+    ("estimate_grid", "k", "other batch", lambda x: x[:1], r"\bk\b.* batch"),
+]
+for _op in ("estimate_grid", "sparse_attention", "prefill"):
+    WRONG += [
         (_op, "scale", "zero", to(0.0), "scale"),
         (_op, "scale", "negative", to(-1.0), "scale"),
         (_op, "scale", "nan", to(math.nan), "scale"),
@@ -157,6 +171,7 @@ for _op in ("select_blocks", "estimate_blocks", "prefill"):
                 NINE_RANGES,
             )
         ]
+for _op in ("select_blocks", "estimate_blocks", "estimate_grid", "prefill"):
     WRONG += [
         (_op, "top_p", str(p), to(p), "top_p") for p in (-0.01, 1.01, math.nan, math.inf, -math.inf)
     ]
@@ -169,7 +184,7 @@ for _op in ("select_blocks", "estimate_blocks", "prefill"):
         for name in ("keep_sink", "keep_recent")
         for value in (-1,)
     ]
-for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "prefill"):
+for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "estimate_grid", "prefill"):
     WRONG += [
         (_op, name, str(size), to(size), "block_size")
         for name in BLOCKS
@@ -193,7 +208,15 @@ def refuse(name: str, arguments: Arguments, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill"]
+    "name",
+    [
+        "block_pool",
+        "select_blocks",
+        "estimate_blocks",
+        "estimate_grid",
+        "sparse_attention",
+        "prefill",
+    ],
 )
 def test_the_right_call_is_accepted(name: str, device: str) -> None:
     getattr(torch.ops.prism, name)(**good(name, device))
@@ -219,7 +242,9 @@ def test_two_empty_bands_are_refused(name: str, device: str) -> None:
     refuse(name, good(name, device) | {"high_band": [], "low_band": []}, "high_band.*low_band")
 
 
-@pytest.mark.parametrize("name", ["block_pool", "estimate_blocks", "sparse_attention", "prefill"])
+@pytest.mark.parametrize(
+    "name", ["block_pool", "estimate_blocks", "estimate_grid", "sparse_attention", "prefill"]
+)
 def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
     arguments = {
         key: value.float() if key in ("x", "q", "k", "v") else value
@@ -238,6 +263,7 @@ def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
         ("prefill", "k"),
         ("prefill", "v"),
         ("estimate_blocks", "k"),
+        ("estimate_grid", "k"),
         ("select_blocks", "k_means"),
     ],
 )
@@ -259,6 +285,8 @@ def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str)
         ("prefill", "k"),
         ("estimate_blocks", "q"),
         ("estimate_blocks", "k"),
+        ("estimate_grid", "q"),
+        ("estimate_grid", "k"),
     ],
 )
 def test_missing_tensor_is_refused_by_name(name: str, argument: str, device: str) -> None:
@@ -309,7 +337,9 @@ WRONG_VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["select_blocks", "estimate_blocks", "sparse_attention", "prefill"]),
+    name=st.sampled_from(
+        ["select_blocks", "estimate_blocks", "estimate_grid", "sparse_attention", "prefill"]
+    ),
     wrong=st.sampled_from(sorted(WRONG_VALUES)).flatmap(
         lambda argument: st.tuples(st.just(argument), WRONG_VALUES[argument])
     ),
@@ -326,7 +356,7 @@ def test_any_wrong_value_is_refused_by_name(on: str, name: str, wrong: tuple[str
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(["estimate_blocks", "sparse_attention", "prefill"]),
+    name=st.sampled_from(["estimate_blocks", "estimate_grid", "sparse_attention", "prefill"]),
     argument=st.sampled_from(["k", "v"]),
     batch=st.integers(0, 3),
     heads=st.integers(0, 5),
@@ -340,7 +370,7 @@ def test_any_shape_that_does_not_fit_is_refused(
     if on == "cuda":
         needs_cuda()
     shape = (batch, heads, length, head_dim)
-    if name == "estimate_blocks":  # any number of keys and any whole group fits
+    if name in ("estimate_blocks", "estimate_grid"):  # any number of keys and any whole group fits
         argument = "k"
         assume((batch, head_dim) != (2, 64) or heads not in (1, 2, 4))
     assume(shape != (2, 2, 200, 64))

@@ -16,7 +16,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import prism_cuda  # noqa: F401  registers the ops
 
 HIGH, LOW = oracle.half_split_bands(64, 32, 48)
-OPS = ("block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill")
+OPS = (
+    "block_pool",
+    "select_blocks",
+    "estimate_blocks",
+    "estimate_grid",
+    "sparse_attention",
+    "prefill",
+)
 DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
 
 
@@ -41,6 +48,8 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             device,
         )
         return attention.op_arguments(), attention.settings
+    if name == "estimate_grid":
+        return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
     tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
     return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
@@ -98,6 +107,7 @@ def test_meta_tensors_of_zero_length(name: str) -> None:
         "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
         "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
         "estimate_blocks": lambda: torch.ops.prism.estimate_blocks(q, k, HIGH, LOW, 0.9),
+        "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
         "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
         "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
     }

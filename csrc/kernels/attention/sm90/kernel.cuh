@@ -1,7 +1,7 @@
 // Hopper block-sparse flash attention: TMA + wgmma, warp-specialised and persistent.
 //
 // CTAs stay and draw query tiles from a global counter. In each, a warp schedules tiles ahead
-// (scheduler.cuh), a warp loads them (loader.cuh) and two warpgroups compute them (consumer.cuh),
+// (scheduler.cuh), two load them (loader.cuh) and two warpgroups compute them (consumer.cuh),
 // through rings of shared-memory stages that run on across tiles.
 #pragma once
 

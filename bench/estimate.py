@@ -5,11 +5,13 @@
 
 `estimate` is the whole chain from q and k to the mask, `pool` the same with top_p 1, where nothing
 is scored: pooling and writing the mask. `pool q`, `pool k` and `select` are the ops on their own;
-`select` starts from means. `prism_grid` is the grid estimator. GB/s counts what a stage has to
-read: q and k, or the means. MB is the memory one call takes at its peak beyond its inputs, its
-results included. Ours are CUDA-graph replays that take inputs in turn, so that none are left in L2;
-the official estimator reads the sizes of its masks back and cannot be captured: eager calls, with K
-repeated for each query head (`repeat kv`) beforehand, as it needs it.
+`select` starts from means; `append 2K` and `append 8K` bring the means of K up to date with that
+many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator. GB/s counts what a stage has to read: q and
+k, the new tokens, or the means. MB is the memory one call takes at its peak beyond its inputs, its
+results included. Ours are CUDA-graph replays that take inputs in turn, so that none are left in L2
+(appended chunks are: they are small); the official estimator reads the sizes of its masks back and
+cannot be captured: eager calls, with K repeated for each query head (`repeat kv`) beforehand, as it
+needs it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from prism_cuda import reference  # registers the ops too
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]
-STAGES = ("estimate", "pool", "select", "pool q", "pool k")
+APPENDED = {"append 2K": 2048, "append 8K": 8192}  # tokens
+STAGES = ("estimate", "pool", "select", "pool q", "pool k", *APPENDED)
 REFERENCE_UP_TO = 131072
 OFFICIAL_UP_TO = 131072
 L2_MULTIPLE = 2
@@ -46,6 +49,7 @@ class Inputs:
     k: Tensor
     q_means: Tensor | None = None
     k_means: Tensor | None = None
+    sums: Tensor | None = None  # what pool_append_ keeps of an unfinished block
 
 
 Call = Callable[[Inputs], Any]
@@ -55,6 +59,11 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
     ops = torch.ops.prism
     bands = default_bands(head_dim)
     sizes = {"q_block_size": block, "k_block_size": block}
+
+    def append(tokens: int) -> Call:
+        start = max(length - tokens, 0)
+        return lambda x: ops.pool_append_(x.k[:, :, start:], x.k_means, x.sums, start, block)
+
     return {
         "estimate": lambda x: ops.estimate_blocks(x.q, x.k, *bands, top_p, **sizes),
         "pool": lambda x: ops.estimate_blocks(x.q, x.k, *bands, 1.0, **sizes),
@@ -63,6 +72,7 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
         ),
         "pool q": lambda x: ops.block_pool(x.q, block),
         "pool k": lambda x: ops.block_pool(x.k, block),
+        **{stage: append(tokens) for stage, tokens in APPENDED.items()},
     }
 
 
@@ -88,6 +98,8 @@ def reference_call(block: int, length: int, head_dim: int, top_p: float) -> Call
 
 
 def bytes_read(stage: str, x: Inputs) -> int:
+    if stage in APPENDED:
+        return x.k[:, :, -APPENDED[stage] :].nbytes
     tensors = {
         "select": (x.q_means, x.k_means),
         "pool q": (x.q,),
@@ -230,6 +242,9 @@ def main() -> None:
             for x in inputs:
                 x.q_means = torch.ops.prism.block_pool(x.q, block)
                 x.k_means = torch.ops.prism.block_pool(x.k, block)
+                x.sums = torch.zeros(1, options.kv_heads, 1024, device="cuda").unflatten(
+                    2, (-1, options.head_dim)
+                )
             calls = stage_calls(block, length, options.head_dim, options.top_p)
             kept = {"kept_density": density(calls["estimate"], first), "top_p": options.top_p}
             for stage in options.stages:

@@ -3,6 +3,7 @@
 from prism_cuda import _ops as _ops
 from prism_cuda.bands import Bands
 from prism_cuda.block_mask import BlockMask
+from prism_cuda.chunked import ChunkedPrefill
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
 from prism_cuda.integrations import register
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bands",
     "BlockMask",
+    "ChunkedPrefill",
     "Dispatch",
     "PrismConfig",
     "dispatch",

@@ -50,12 +50,14 @@ def load() -> None:
     _reference_library = _register_reference()
     for name, fake in _FAKE_KERNELS.items():
         torch.library.register_fake(f"prism::{name}", fake)
-        torch.library.register_autograd(f"prism::{name}", _refuse_backward(name))
+        if not getattr(torch.ops.prism, name).default._schema.is_mutable:
+            torch.library.register_autograd(f"prism::{name}", _refuse_backward(name))
 
 
 def _register_reference() -> torch.library.Library:
     library = torch.library.Library("prism_reference", "DEF")
-    for name in ("block_pool", "select_blocks", "estimate_grid", "sparse_attention"):
+    names = ("block_pool", "pool_append_", "select_blocks", "estimate_grid", "sparse_attention")
+    for name in names:
         schema = str(getattr(torch.ops.prism, name).default._schema)
         library.define(schema.removeprefix("prism::"))
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
@@ -92,6 +94,12 @@ def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
     batch, heads, length, head_dim = x.shape
     blocks = (length + block_size - 1) // block_size
     return x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
+
+
+def _fake_pool_append_(
+    x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
+) -> None:
+    return None
 
 
 def _fake_select_blocks(
@@ -196,6 +204,7 @@ def _fake_prefill(
 
 _FAKE_KERNELS: dict[str, Callable] = {
     "block_pool": _fake_block_pool,
+    "pool_append_": _fake_pool_append_,
     "select_blocks": _fake_select_blocks,
     "estimate_blocks": _fake_estimate_blocks,
     "estimate_grid": _fake_estimate_grid,

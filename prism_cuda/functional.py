@@ -209,15 +209,15 @@ def run_sparse(
     times: dict[str, float] = {}
     if recorder is not None and recorder.times:
         if bands is None:
-            mask, times["select"] = _timed(
+            mask, times["select"] = timed(
                 lambda: _estimate(q, k, bands, config, scale, causal), q.device
             )
         else:
-            means, times["pool"] = _timed(lambda: _pool(q, k, config), q.device)
-            mask, times["select"] = _timed(
-                lambda: _select(*means, q_len, k_len, bands, config, causal), q.device
+            means, times["pool"] = timed(lambda: _pool(q, k, config), q.device)
+            mask, times["select"] = timed(
+                lambda: select_from_means(*means, q_len, k_len, bands, config, causal), q.device
             )
-        (out, lse), times["attend"] = _timed(
+        (out, lse), times["attend"] = timed(
             lambda: sparse_attention(q, k, v, mask, scale=scale, return_lse=True), q.device
         )
     elif bands is None:
@@ -264,7 +264,7 @@ def run_dense(
     """Dense attention by torch, bottom-right causal, recorded. K and V are never repeated."""
     recorder = recording.active()
     if recorder is not None and recorder.times:
-        out, seconds = _timed(lambda: _sdpa(q, k, v, scale, causal, dropout), q.device)
+        out, seconds = timed(lambda: _sdpa(q, k, v, scale, causal, dropout), q.device)
         note_dense(reason, q, k, layer_idx, {"attend": seconds})
     else:
         out = _sdpa(q, k, v, scale, causal, dropout)
@@ -373,7 +373,7 @@ def _pool(
     )
 
 
-def _select(
+def select_from_means(
     q_means: torch.Tensor,
     k_means: torch.Tensor,
     q_len: int,
@@ -400,7 +400,7 @@ def _select(
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
 
 
-def _timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:
+def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:
     """Run one stage alone; its result and the seconds it took on its device."""
     if device.type != "cuda":
         start = time.perf_counter()

@@ -40,6 +40,43 @@ def block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
     return sums / sizes
 
 
+def pool_append_(
+    x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
+) -> None:
+    """Continue the block means of a growing sequence, in place, reading its new tokens only.
+
+    However the sequence was cut, the means are the same, bit by bit.
+
+    Args:
+        x: (B, H, L, D), the tokens from position ``start`` on, which may lie within a block.
+        means: float32 (B, H, N, D); blocks 0 to ceil((start + L) / block_size) - 1 are means
+            afterwards, the last of them of its tokens so far.
+        sums: float32 (B, H, R, D): of the unfinished block, sum r of its tokens r, r + R, ... What
+            it holds where ``start`` is a multiple of block_size does not matter.
+    """
+    length, residues = x.shape[2], sums.shape[2]
+    if x.numel() == 0:
+        return
+    first, last = start // block_size, (start + length - 1) // block_size
+    before = start - first * block_size
+    after = (last + 1) * block_size - (start + length)
+    steps = (last + 1 - first, block_size // residues, residues)
+    padded = torch.nn.functional.pad(x.float(), (0, 0, before, after)).unflatten(2, steps)
+    partial = padded.new_zeros((*x.shape[:2], steps[0], residues, x.shape[3]))
+    if before:
+        partial[:, :, 0] = sums
+    for rows in padded.unbind(3):
+        partial += rows
+    total = torch.zeros_like(partial[:, :, :, 0])
+    for part in partial.unbind(3):
+        total += part
+    sizes = torch.full((steps[0], 1), block_size, dtype=total.dtype, device=x.device)
+    sizes[-1] = block_size - after
+    means[:, :, first : last + 1] = total / sizes
+    if after:
+        sums.copy_(partial[:, :, -1])
+
+
 def band_index(band: Sequence[int], device: torch.device) -> torch.Tensor:
     """Dimensions of a band given as flattened half-open ranges [start0, end0, start1, ...]."""
     ranges = zip(band[::2], band[1::2], strict=True)

@@ -31,6 +31,23 @@ struct BlockPoolParams {
   DType dtype;
 };
 
+// Partial sums that continue the mean of an unfinished block, of one head.
+constexpr int kRunningSums = 1024;
+
+struct AppendMeansParams {
+  TensorView x;  // (batch, heads, length, head_dim), dtype: tokens from position `start` on
+  float* means;  // (batch, heads, capacity, head_dim), contiguous
+  float* sums;   // (batch, heads, kRunningSums / head_dim, head_dim), contiguous
+  int64_t batch;
+  int64_t heads;
+  int64_t start;     // tokens before x
+  int64_t length;    // tokens
+  int64_t capacity;  // blocks
+  int head_dim;      // 64 or 128
+  int block_size;    // tokens
+  DType dtype;
+};
+
 // The dimensions of one RoPE frequency band, one bit a dimension.
 struct Band {
   uint64_t dims[kMaxHeadDim / 64] = {};

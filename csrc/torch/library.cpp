@@ -6,6 +6,9 @@
 STABLE_TORCH_LIBRARY(prism, m) {
   m.def("block_pool(Tensor x, int block_size) -> Tensor");
   m.def(
+      "pool_append_(Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size) "
+      "-> ()");
+  m.def(
       "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
       "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
       "bool causal=True, "
@@ -38,6 +41,7 @@ STABLE_TORCH_LIBRARY(prism, m) {
 // One implementation serves both devices: it checks, then calls the device's kernel.
 static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("block_pool", TORCH_BOX(&prism::block_pool));
+  m.impl("pool_append_", TORCH_BOX(&prism::pool_append_));
   m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
   m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));

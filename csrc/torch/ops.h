@@ -15,6 +15,9 @@ using torch::stable::Tensor;
 
 Tensor block_pool(const Tensor& x, int64_t block_size);
 
+// Continues the block means of a growing sequence in place.
+void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size);
+
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_means,
                                          int64_t q_len, int64_t k_len,
                                          const std::vector<int64_t>& high_band,

@@ -24,6 +24,7 @@ OPS = (
     "sparse_attention",
     "prefill",
 )
+MUTATING = ("pool_append_",)
 DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
 
 
@@ -38,6 +39,9 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a small call of the op."""
     if name == "block_pool":
         return (qkv(device)[0], 64), {}
+    if name == "pool_append_":
+        means, sums = (torch.zeros(1, 4, rows, 64, device=device) for rows in (6, 16))
+        return (qkv(device)[0], means, sums, 100, 64), {}
     if name == "select_blocks":
         case = select_inputs(SelectCase("sample", 200, 300, q_heads=4), device)
         return case.op_arguments(), case.settings
@@ -67,7 +71,7 @@ def assert_same(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPS + MUTATING)
 def test_opcheck(name: str, device: str) -> None:
     arguments, options = sample(name, device)
     torch.library.opcheck(op(name), arguments, options)
@@ -199,6 +203,28 @@ def test_no_op_claims_to_mutate_or_alias(name: str) -> None:
     schema = op(name)._schema
     assert not schema.is_mutable
     assert all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
+@pytest.mark.parametrize("name", MUTATING)
+def test_an_op_in_place_says_what_it_writes(name: str) -> None:
+    schema = op(name)._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["means", "sums"]
+    assert not schema.returns
+
+
+def test_compiled_append_equals_eager(device: str) -> None:
+    def append(x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int) -> None:
+        torch.ops.prism.pool_append_(x, means, sums, start, 64)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(append, fullgraph=True, backend="aot_eager", dynamic=True)
+    states = [[torch.zeros(1, 4, rows, 64, device=device) for rows in (8, 16)] for _ in range(2)]
+    for start, length in ((0, 100), (100, 30), (130, 170)):
+        x = qkv(device, length)[0]
+        append(x, *states[0], start)
+        compiled(x, *states[1], start)
+    assert_same(tuple(states[1]), tuple(states[0]))
 
 
 def test_attention_kernel_names_a_kernel_or_the_reason() -> None:

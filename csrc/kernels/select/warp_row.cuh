@@ -127,7 +127,7 @@ class WarpRow {
       const float threshold = __uint_as_float(bits);
       // Few weights are left, or many that are nearly equal: try the threshold's neighbours too.
       const bool close =
-          pass >= 8 || static_cast<float>(above_low - above_high) < 16.f * threshold * per_weight_;
+          pass >= 8 || static_cast<float>(above_low - above_high) < 32.f * threshold * per_weight_;
       Above found = {};
       if (close) {
         found = sum_and_neighbours(threshold);

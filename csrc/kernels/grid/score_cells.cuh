@@ -68,6 +68,7 @@ struct GridShape {
   struct Storage {
     Stage stages[kStages];
     int visible[kCtaRows];  // key cells that a row sees; 0 where there is no row
+    float factors[kCtaRows];
     float log_total[kCtaRows];
   };
   // Masses of a warp's row that fit in place of the stages.
@@ -193,15 +194,13 @@ class GridCta {
   // The 8 cells that one matrix load reads get different values: different banks.
   __device__ static int swizzle(int cell) { return (cell / 8 * 2 + cell % 2) % 8; }
 
-  // Leaves logits in the scratch, and visible and log_total of the warp's rows.
+  // Leaves logits in the scratch, and what is shared of the warp's rows.
   __device__ void score(int tiles) {
     constexpr int kRowTiles = Shape::kRowTiles;
     const int base_row = warp() * Shape::kWarpRows + lane() / 4;
     uint4 queries[kRowTiles][Shape::kSteps];
-    float factors[2 * kRowTiles];  // of the rows lane / 4 + 8 i
-    RunningRow rows[2 * kRowTiles];
-    int visible[2 * kRowTiles];
-    load_rows(base_row, queries, factors, visible);
+    RunningRow rows[2 * kRowTiles];  // lane / 4 + 8 i of the warp
+    load_rows(base_row, queries);
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       rows[i] = {-INFINITY, 0.f};
@@ -222,20 +221,17 @@ class GridCta {
         float scores[kRowTiles][4][4] = {};
         multiply(shared_.stages[stage].cells, queries, scores);
         if (first_cell + kTileCells <= free) {
-          reduce<false>(tile, base_row, shared_.stages[stage].factors, scores, factors, visible,
-                        rows);
+          reduce<false>(tile, base_row, shared_.stages[stage].factors, scores, rows);
         } else {
-          reduce<true>(tile, base_row, shared_.stages[stage].factors, scores, factors, visible,
-                       rows);
+          reduce<true>(tile, base_row, shared_.stages[stage].factors, scores, rows);
         }
       }
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     }
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const float total = log_total(rows[i], factors[i]);
+      const float total = log_total(rows[i], shared_.factors[base_row + 8 * i]);
       if (lane() % 4 == 0) {
-        shared_.visible[base_row + 8 * i] = visible[i];
         shared_.log_total[base_row + 8 * i] = total;
       }
     }
@@ -243,17 +239,21 @@ class GridCta {
   }
 
   template <int kRowTiles, int kSteps>
-  __device__ void load_rows(int base_row, uint4 (&queries)[kRowTiles][kSteps],
-                            float (&factors)[2 * kRowTiles], int (&visible)[2 * kRowTiles]) const {
+  __device__ void load_rows(int base_row, uint4 (&queries)[kRowTiles][kSteps]) {
     const uint32_t* sources[2 * kRowTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
+      int visible = 0;
       // What is read for a row that does not exist is not used.
-      const int64_t place = max(find_row(base_row + 8 * i, visible[i]), int64_t{0});
-      factors[i] = workspace_.q_factors[place];
+      const int64_t place = max(find_row(base_row + 8 * i, visible), int64_t{0});
+      if (lane() % 4 == 0) {
+        shared_.visible[base_row + 8 * i] = visible;
+        shared_.factors[base_row + 8 * i] = workspace_.q_factors[place];
+      }
       sources[i] = reinterpret_cast<const uint32_t*>(workspace_.q_cells + place * Shape::kChunks) +
                    lane() % 4;
     }
+    __syncwarp();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -293,7 +293,6 @@ class GridCta {
   template <bool kMasked, int kRowTiles>
   __device__ void reduce(int tile, int base_row, const float* cell_factors,
                          const float (&scores)[kRowTiles][4][4],
-                         const float (&factors)[2 * kRowTiles], const int (&visible)[2 * kRowTiles],
                          RunningRow (&rows)[2 * kRowTiles]) {
     const int lane_cell = lane() % 4 * 8;
     const float4 low = *reinterpret_cast<const float4*>(cell_factors + lane_cell);
@@ -310,6 +309,8 @@ class GridCta {
       float block_largest[Shape::kLaneBlocks];
       float block_sum[Shape::kLaneBlocks];
       float largest = rows[i].largest;
+      const float factor = shared_.factors[base_row + 8 * i];
+      const int visible = kMasked ? shared_.visible[base_row + 8 * i] : 0;
 #pragma unroll
       for (int block = 0; block < Shape::kLaneBlocks; ++block) {
         float x[Shape::kBlockCells];
@@ -318,29 +319,28 @@ class GridCta {
         for (int j = 0; j < Shape::kBlockCells; ++j) {
           const int cell = block * Shape::kBlockCells + j;
           x[j] = scores[i / 2][cell / 2][i % 2 * 2 + cell % 2] * cell_factor[cell];
-          if (kMasked && tile * kTileCells + lane_cell + cell >= visible[i]) {
+          if (kMasked && tile * kTileCells + lane_cell + cell >= visible) {
             x[j] = -INFINITY;
           }
           block_largest[block] = fmaxf(block_largest[block], x[j]);
         }
         // Relative to its own largest, so that equal blocks get equal logits wherever they are.
-        const float reference = reference_of<kMasked>(block_largest[block], factors[i]);
+        const float reference = reference_of<kMasked>(block_largest[block], factor);
         block_sum[block] = 0.f;
 #pragma unroll
         for (int j = 0; j < Shape::kBlockCells; ++j) {
-          block_sum[block] += exp2_approximate(fmaf(x[j], factors[i], -reference));
+          block_sum[block] += exp2_approximate(fmaf(x[j], factor, -reference));
         }
         // 8 rows on are one unit, or two.
         logits[8 * i * workspace_.row_blocks + (block << row_shift_)] =
             reference + log2_approximate(block_sum[block]);
         largest = fmaxf(largest, block_largest[block]);
       }
-      const float reference = reference_of<kMasked>(largest, factors[i]);
-      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factors[i], -reference));
+      const float reference = reference_of<kMasked>(largest, factor);
+      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factor, -reference));
 #pragma unroll
       for (int block = 0; block < Shape::kLaneBlocks; ++block) {
-        sum +=
-            block_sum[block] * exp2_approximate(fmaf(block_largest[block], factors[i], -reference));
+        sum += block_sum[block] * exp2_approximate(fmaf(block_largest[block], factor, -reference));
       }
       rows[i] = {largest, sum};
     }

@@ -366,9 +366,15 @@ def select_grid(
         return Selection(forced.expand(shape), visible, forced, torch.zeros_like(masses).bool())
 
     head_of = torch.arange(q_heads, device=device) // (q_heads // k.shape[1])
-    k_cells = k.double()[:, head_of].split(CELL, dim=2)
-    means = torch.stack([cell.mean(2) for cell in k_cells], -1)  # (B, Hq, D, cells)
-    variances = torch.stack([cell.var(2, unbiased=False) for cell in k_cells], -1)
+    whole = k_len - k_len % CELL
+    k_cells = []
+    if whole:
+        k_cells.append(k[:, :, :whole].double().unflatten(2, (whole // CELL, CELL)))
+    if whole < k_len:
+        k_cells.append(k[:, :, None, whole:].double())
+    # (B, Hq, D, cells)
+    means = torch.cat([cells.mean(3) for cells in k_cells], 2).mT[:, head_of]
+    variances = torch.cat([cells.var(3, unbiased=False) for cells in k_cells], 2).mT[:, head_of]
     first_key = torch.arange(0, k_len, CELL, device=device)
     positions = token_positions(q_len, k_len, device)
     rows = torch.zeros(shape[2], device=device)

@@ -268,15 +268,23 @@ def test_repeats_are_bit_identical(device: str) -> None:
 @pytest.mark.parametrize("blocks", [B64, B128, B128_64])
 def test_more_rows_than_ctas_match_the_reference(cuda: str, blocks: tuple[int, int]) -> None:
     """Every CTA takes several tiles, in both directions, and scoring waits for pooling."""
-    case = SelectCase("many", 8192, 8192, q_heads=48, kv_heads=6, head_dim=128, blocks=blocks)
+    length, q_heads, kv_heads = 8192, 48, 6
     options = options_of(blocks, keep_above=0.01)
-    for seed in (5, 6, 5):
-        q, k = qk(case, cuda, seed=seed)
+    generator = torch.Generator(cuda).manual_seed(5)
+
+    def drifting(heads: int) -> torch.Tensor:
+        shape = (1, heads, length, 128)
+        noise = torch.randn(shape, device=cuda, generator=generator)
+        drift = torch.randn((1, heads, length // 64, 128), device=cuda, generator=generator)
+        return (noise + drift.repeat_interleave(64, 2)).bfloat16()
+
+    pairs = [(drifting(q_heads), drifting(kv_heads)) for _ in range(2)]
+    for q, k in pairs * 2:
         # No poison here: what the call before left in memory must not be taken for the result.
         bits, counts = torch.ops.prism.estimate_grid(q, k, 0.9, **options)
-        keep = oracle.unpack_bits(bits, case.k_len // blocks[1])
+        keep = oracle.unpack_bits(bits, length // blocks[1])
         assert torch.equal(keep.sum(-1).int(), counts)
-        for head in range(0, 48, 11):
+        for head in (0, 23, 47):
             pair = (q[:, head : head + 1], k[:, head // 8 : head // 8 + 1])
             check_selection(keep[:, head : head + 1], oracle.select_grid(*pair, 0.9, **options))
 

@@ -76,7 +76,7 @@ cudaError_t launch_score_cells(const EstimateGridParams& params, int64_t ctas, b
   if (error != cudaSuccess) {
     return error;
   }
-  return launch_kernel(kernel, {ctas, Shape::kThreads, kSmem, 1, overlaps}, stream, params);
+  return launch_kernel(kernel, {ctas, Shape::kThreads, kSmem, overlaps}, stream, params);
 }
 
 template <int kHeadDim>

@@ -68,6 +68,7 @@ struct GridShape {
   struct Storage {
     Stage stages[kStages];
     int visible[kCtaRows];  // key cells that a row sees; 0 where there is no row
+    float factors[kCtaRows];
     float log_total[kCtaRows];
   };
   // Masses of a warp's row that fit in place of the stages.
@@ -95,7 +96,8 @@ class GridCta {
         q_cells_(static_cast<int>(cells_of(params.select.q_len))),
         k_cells_(static_cast<int>(cells_of(params.select.k_len))),
         group_(params.select.q_heads / params.select.kv_heads),
-        block_rows_(params.select.q_block_size / kCellTokens),
+        row_shift_(params.select.q_block_size == 128 ? 3 : 2),
+        block_rows_(1 << row_shift_),
         units_(group_ * static_cast<int>(params.select.q_blocks)) {}
 
   // A unit is a query block of one head: block_rows_ rows. Those of a key head are ordered by
@@ -103,7 +105,7 @@ class GridCta {
   __device__ void run(int64_t kv_head, int first_unit) {
     kv_head_ = kv_head;
     first_unit_ = first_unit;
-    const int cta_units = kCtaRows / block_rows_;
+    const int cta_units = kCtaRows >> row_shift_;
     const int cta_visible = last_visible(first_unit + cta_units);
     const int tiles = params_.select.top_p >= 1.0 ? 0 : (cta_visible + kTileCells - 1) / kTileCells;
 #pragma unroll 1
@@ -128,7 +130,7 @@ class GridCta {
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-  __device__ int warp_units() const { return Shape::kWarpRows / block_rows_; }
+  __device__ int warp_units() const { return Shape::kWarpRows >> row_shift_; }
   __device__ int warp_first_unit() const { return first_unit_ + warp() * warp_units(); }
 
   // Key cells that hold a token which some query of the cell may see.
@@ -149,8 +151,8 @@ class GridCta {
 
   // The row's query cell over the whole batch, or -1; and what it sees.
   __device__ int64_t find_row(int row, int& visible) const {
-    const int unit = first_unit_ + row / block_rows_;
-    const int q_cell = unit / group_ * block_rows_ + row % block_rows_;
+    const int unit = first_unit_ + (row >> row_shift_);
+    const int q_cell = unit / group_ * block_rows_ + (row & (block_rows_ - 1));
     if (unit >= units_ || q_cell >= q_cells_) {
       visible = 0;
       return -1;
@@ -192,15 +194,13 @@ class GridCta {
   // The 8 cells that one matrix load reads get different values: different banks.
   __device__ static int swizzle(int cell) { return (cell / 8 * 2 + cell % 2) % 8; }
 
-  // Leaves logits in the scratch, and visible and log_total of the warp's rows.
+  // Leaves logits in the scratch, and what is shared of the warp's rows.
   __device__ void score(int tiles) {
     constexpr int kRowTiles = Shape::kRowTiles;
     const int base_row = warp() * Shape::kWarpRows + lane() / 4;
     uint4 queries[kRowTiles][Shape::kSteps];
-    float factors[2 * kRowTiles];  // of the rows lane / 4 + 8 i
-    RunningRow rows[2 * kRowTiles];
-    int visible[2 * kRowTiles];
-    load_rows(base_row, queries, factors, visible);
+    RunningRow rows[2 * kRowTiles];  // lane / 4 + 8 i of the warp
+    load_rows(base_row, queries);
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       rows[i] = {-INFINITY, 0.f};
@@ -221,20 +221,17 @@ class GridCta {
         float scores[kRowTiles][4][4] = {};
         multiply(shared_.stages[stage].cells, queries, scores);
         if (first_cell + kTileCells <= free) {
-          reduce<false>(tile, base_row, shared_.stages[stage].factors, scores, factors, visible,
-                        rows);
+          reduce<false>(tile, base_row, shared_.stages[stage].factors, scores, rows);
         } else {
-          reduce<true>(tile, base_row, shared_.stages[stage].factors, scores, factors, visible,
-                       rows);
+          reduce<true>(tile, base_row, shared_.stages[stage].factors, scores, rows);
         }
       }
       stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
     }
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      const float total = log_total(rows[i], factors[i]);
+      const float total = log_total(rows[i], shared_.factors[base_row + 8 * i]);
       if (lane() % 4 == 0) {
-        shared_.visible[base_row + 8 * i] = visible[i];
         shared_.log_total[base_row + 8 * i] = total;
       }
     }
@@ -242,17 +239,21 @@ class GridCta {
   }
 
   template <int kRowTiles, int kSteps>
-  __device__ void load_rows(int base_row, uint4 (&queries)[kRowTiles][kSteps],
-                            float (&factors)[2 * kRowTiles], int (&visible)[2 * kRowTiles]) const {
+  __device__ void load_rows(int base_row, uint4 (&queries)[kRowTiles][kSteps]) {
     const uint32_t* sources[2 * kRowTiles];
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
+      int visible = 0;
       // What is read for a row that does not exist is not used.
-      const int64_t place = max(find_row(base_row + 8 * i, visible[i]), int64_t{0});
-      factors[i] = workspace_.q_factors[place];
+      const int64_t place = max(find_row(base_row + 8 * i, visible), int64_t{0});
+      if (lane() % 4 == 0) {
+        shared_.visible[base_row + 8 * i] = visible;
+        shared_.factors[base_row + 8 * i] = workspace_.q_factors[place];
+      }
       sources[i] = reinterpret_cast<const uint32_t*>(workspace_.q_cells + place * Shape::kChunks) +
                    lane() % 4;
     }
+    __syncwarp();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -292,20 +293,24 @@ class GridCta {
   template <bool kMasked, int kRowTiles>
   __device__ void reduce(int tile, int base_row, const float* cell_factors,
                          const float (&scores)[kRowTiles][4][4],
-                         const float (&factors)[2 * kRowTiles], const int (&visible)[2 * kRowTiles],
                          RunningRow (&rows)[2 * kRowTiles]) {
     const int lane_cell = lane() % 4 * 8;
     const float4 low = *reinterpret_cast<const float4*>(cell_factors + lane_cell);
     const float4 high = *reinterpret_cast<const float4*>(cell_factors + lane_cell + 4);
     const float cell_factor[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    float* logits = scratch_ + tile * workspace_.tile_floats + lane() % 4 * Shape::kLaneBlocks;
+    const int first_block = tile * Shape::kTileBlocks + lane() % 4 * Shape::kLaneBlocks;
+    // A unit's rows side by side: whoever sums over them reads 16 or 32 bytes.
+    float* logits =
+        scratch_ +
+        (((base_row >> row_shift_) * workspace_.row_blocks + first_block) << row_shift_) +
+        (base_row & (block_rows_ - 1));
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
-      float* row_logits = logits + (base_row + 8 * i) * Shape::kTileBlocks;
       float block_largest[Shape::kLaneBlocks];
       float block_sum[Shape::kLaneBlocks];
-      float block_logit[Shape::kLaneBlocks];
       float largest = rows[i].largest;
+      const float factor = shared_.factors[base_row + 8 * i];
+      const int visible = kMasked ? shared_.visible[base_row + 8 * i] : 0;
 #pragma unroll
       for (int block = 0; block < Shape::kLaneBlocks; ++block) {
         float x[Shape::kBlockCells];
@@ -314,32 +319,28 @@ class GridCta {
         for (int j = 0; j < Shape::kBlockCells; ++j) {
           const int cell = block * Shape::kBlockCells + j;
           x[j] = scores[i / 2][cell / 2][i % 2 * 2 + cell % 2] * cell_factor[cell];
-          if (kMasked && tile * kTileCells + lane_cell + cell >= visible[i]) {
+          if (kMasked && tile * kTileCells + lane_cell + cell >= visible) {
             x[j] = -INFINITY;
           }
           block_largest[block] = fmaxf(block_largest[block], x[j]);
         }
         // Relative to its own largest, so that equal blocks get equal logits wherever they are.
-        const float reference = reference_of<kMasked>(block_largest[block], factors[i]);
+        const float reference = reference_of<kMasked>(block_largest[block], factor);
         block_sum[block] = 0.f;
 #pragma unroll
         for (int j = 0; j < Shape::kBlockCells; ++j) {
-          block_sum[block] += exp2_approximate(fmaf(x[j], factors[i], -reference));
+          block_sum[block] += exp2_approximate(fmaf(x[j], factor, -reference));
         }
-        block_logit[block] = reference + log2_approximate(block_sum[block]);
+        // 8 rows on are one unit, or two.
+        logits[8 * i * workspace_.row_blocks + (block << row_shift_)] =
+            reference + log2_approximate(block_sum[block]);
         largest = fmaxf(largest, block_largest[block]);
       }
-      if constexpr (Shape::kLaneBlocks == 1) {
-        row_logits[0] = block_logit[0];
-      } else {
-        *reinterpret_cast<float2*>(row_logits) = {block_logit[0], block_logit[1]};
-      }
-      const float reference = reference_of<kMasked>(largest, factors[i]);
-      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factors[i], -reference));
+      const float reference = reference_of<kMasked>(largest, factor);
+      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factor, -reference));
 #pragma unroll
       for (int block = 0; block < Shape::kLaneBlocks; ++block) {
-        sum +=
-            block_sum[block] * exp2_approximate(fmaf(block_largest[block], factors[i], -reference));
+        sum += block_sum[block] * exp2_approximate(fmaf(block_largest[block], factor, -reference));
       }
       rows[i] = {largest, sum};
     }
@@ -368,30 +369,48 @@ class GridCta {
     return largest + log2_approximate(sum);
   }
 
-  // The masses of a unit's key blocks, zeros behind them: `visible` of them, over the rows that
-  // see anything.
+  // The masses of a unit's `visible` key blocks over the rows that see anything, zeros behind them.
+  template <int kBlockRows>
   __device__ void write_masses(int first_row, int visible, float* masses) const {
-    int seeing = 0;
-#pragma unroll 1
-    for (int row = first_row; row < first_row + block_rows_; ++row) {
-      seeing += shared_.visible[row] > 0 ? 1 : 0;
+    float log_total[kBlockRows];
+    bool sees[kBlockRows];
+    float seeing = 0.f;
+#pragma unroll
+    for (int i = 0; i < kBlockRows; ++i) {
+      log_total[i] = shared_.log_total[first_row + i];
+      sees[i] = shared_.visible[first_row + i] > 0;
+      seeing += sees[i] ? 1.f : 0.f;
     }
-    const float share = 1.f / static_cast<float>(seeing);
-    const int end = (visible + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
+    const float share = 1.f / seeing;
+    const float4* logits =
+        reinterpret_cast<const float4*>(scratch_ + first_row * workspace_.row_blocks);
 #pragma unroll 1
-    for (int block = lane(); block < end; block += 32) {
-      float mass = 0.f;
-      if (block < visible) {
-        const float* logits = scratch_ + block / Shape::kTileBlocks * workspace_.tile_floats +
-                              block % Shape::kTileBlocks;
-#pragma unroll 4
-        for (int row = first_row; row < first_row + block_rows_; ++row) {
-          const float logit = logits[row * Shape::kTileBlocks];
-          const float part = exp2_approximate(logit - shared_.log_total[row]);
-          mass += shared_.visible[row] > 0 ? part : 0.f;
+    for (int first = 0; first < visible; first += kSweepBlocks) {
+      const int block = first + lane();
+      // The loads of several blocks at once: they come from L2, or from behind it.
+      float4 x[kSweepBlocks / 32][kBlockRows / 4];
+#pragma unroll
+      for (int j = 0; j < kSweepBlocks / 32; ++j) {
+#pragma unroll
+        for (int part = 0; part < kBlockRows / 4; ++part) {
+          // Behind the last block nothing was written.
+          x[j][part] = logits[min(block + 32 * j, visible - 1) * (kBlockRows / 4) + part];
         }
       }
-      masses[block] = mass * share;
+#pragma unroll
+      for (int j = 0; j < kSweepBlocks / 32; ++j) {
+        float mass = 0.f;
+#pragma unroll
+        for (int part = 0; part < kBlockRows / 4; ++part) {
+          const float parts[4] = {x[j][part].x, x[j][part].y, x[j][part].z, x[j][part].w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float row = exp2_approximate(parts[i] - log_total[part * 4 + i]);
+            mass += sees[part * 4 + i] ? row : 0.f;
+          }
+        }
+        masses[block + 32 * j] = block + 32 * j < visible ? mass * share : 0.f;
+      }
     }
     __syncwarp();
   }
@@ -402,14 +421,17 @@ class GridCta {
     const int q_block = unit / group_;
     const RowRange range = row_range(select, q_block);
     const int first_row = warp() * Shape::kWarpRows + unit_of_warp * block_rows_;
-    float* masses = workspace_.mass_floats <= Shape::kSharedMasses
+    float* masses = workspace_.row_blocks <= Shape::kSharedMasses
                         ? reinterpret_cast<float*>(shared_.stages) + warp() * Shape::kSharedMasses
-                        : scratch_ + workspace_.k_tile_count * workspace_.tile_floats +
-                              warp() * workspace_.mass_floats;
+                        : scratch_ + (kCtaRows + warp()) * workspace_.row_blocks;
     bool keep_all = select.top_p >= 1.0;
     MassCut cut = {INFINITY, 0};
     if (range.visible > 0 && !keep_all) {
-      write_masses(first_row, range.visible, masses);
+      if (block_rows_ == 8) {
+        write_masses<8>(first_row, range.visible, masses);
+      } else {
+        write_masses<4>(first_row, range.visible, masses);
+      }
       const MassRow row(masses, range.visible);
       keep_all = !row.finite();
       if (!keep_all) {
@@ -471,7 +493,8 @@ class GridCta {
   int q_cells_;
   int k_cells_;
   int group_;
-  int block_rows_;
+  int row_shift_;
+  int block_rows_;       // query cells of a query block
   int units_;            // of a key head
   int64_t kv_head_ = 0;  // over the batch
   int first_unit_ = 0;

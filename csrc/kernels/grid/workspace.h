@@ -28,19 +28,15 @@ struct GridWorkspace {
   // factors is a base 2 logit.
   float* q_factors;
   float* k_factors;
-  float* scratch;        // (ctas, cta_floats())
-  int64_t k_tile_count;  // tiles of kTileCells key cells
-  int64_t tile_floats;   // base 2 logits of a CTA's rows with the key blocks of a tile
-  int64_t mass_floats;   // masses of a row of key blocks, padded with zeros
+  float* scratch;      // (ctas, cta_floats())
+  int64_t row_blocks;  // key blocks of a row, padded
   int64_t total_bytes;
 
   __host__ __device__ GridWorkspace(const EstimateGridParams& params, int64_t ctas) {
     const SelectBlocksParams& select = params.select;
     const int64_t q_count = select.batch * select.q_heads * cells_of(select.q_len);
     const int64_t k_count = select.batch * select.kv_heads * cells_of(select.k_len);
-    k_tile_count = (cells_of(select.k_len) + kTileCells - 1) / kTileCells;
-    tile_floats = kCtaRows * (kTileCells * kCellTokens / select.k_block_size);
-    mass_floats = (select.k_blocks + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
+    row_blocks = (select.k_blocks + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
     const int64_t cell_bytes = int64_t{2} * select.head_dim * 2;
     char* next = static_cast<char*>(select.workspace);
     const auto take = [&](int64_t bytes) {
@@ -56,10 +52,8 @@ struct GridWorkspace {
     total_bytes = next - static_cast<char*>(select.workspace);
   }
 
-  // Logits of all tiles, then a row of masses for each warp.
-  __host__ __device__ int64_t cta_floats() const {
-    return k_tile_count * tile_floats + kGridWarps * mass_floats;
-  }
+  // Base 2 logits (units, row_blocks, rows of a unit), then masses (kGridWarps, row_blocks).
+  __host__ __device__ int64_t cta_floats() const { return (kCtaRows + kGridWarps) * row_blocks; }
 };
 
 }  // namespace prism

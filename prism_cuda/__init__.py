@@ -8,6 +8,7 @@ from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
 from prism_cuda.integrations import register
 from prism_cuda.recording import record
+from prism_cuda.varlen import merge_attention, sparse_attention_varlen
 
 __version__ = "0.1.0"
 
@@ -18,9 +19,11 @@ __all__ = [
     "Dispatch",
     "PrismConfig",
     "dispatch",
+    "merge_attention",
     "prefill",
     "record",
     "register",
     "select_blocks",
     "sparse_attention",
+    "sparse_attention_varlen",
 ]

@@ -56,7 +56,14 @@ def load() -> None:
 
 def _register_reference() -> torch.library.Library:
     library = torch.library.Library("prism_reference", "DEF")
-    names = ("block_pool", "pool_append_", "select_blocks", "estimate_grid", "sparse_attention")
+    names = (
+        "block_pool",
+        "pool_append_",
+        "select_blocks",
+        "estimate_grid",
+        "sparse_attention",
+        "sparse_attention_varlen",
+    )
     for name in names:
         schema = str(getattr(torch.ops.prism, name).default._schema)
         library.define(schema.removeprefix("prism::"))
@@ -175,8 +182,31 @@ def _fake_sparse_attention(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_sparse_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: torch.Tensor,
+    counts: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total_q, q_heads, _ = q.shape
+    return torch.empty_like(q), q.new_empty((q_heads, total_q), dtype=torch.float32)
 
 
 def _fake_prefill(
@@ -209,6 +239,7 @@ _FAKE_KERNELS: dict[str, Callable] = {
     "estimate_blocks": _fake_estimate_blocks,
     "estimate_grid": _fake_estimate_grid,
     "sparse_attention": _fake_sparse_attention,
+    "sparse_attention_varlen": _fake_sparse_attention_varlen,
     "prefill": _fake_prefill,
 }
 

@@ -152,6 +152,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     causal: bool | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of ``mask`` only.
@@ -160,6 +161,8 @@ def sparse_attention(
         q, k, v, scale, return_lse: as in :func:`prefill`.
         mask: made for q's and k's lengths, on their device.
         causal: the mask's own setting if None.
+        sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
+            (attention sinks); lse includes it.
 
     Returns:
         out like q, or (out, lse).
@@ -187,6 +190,7 @@ def sparse_attention(
         mask.causal if causal is None else causal,
         mask.q_block_size,
         mask.k_block_size,
+        sinks,
     )
     return (out, lse) if return_lse else out
 

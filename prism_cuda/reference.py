@@ -322,6 +322,7 @@ def sparse_attention(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the kept (query block, key block) pairs, causal token by token.
 
@@ -330,10 +331,11 @@ def sparse_attention(
         bits, counts: a block mask as :func:`select_blocks` returns it. Rows whose count is 0 are
             skipped.
         scale: softmax scale, D ** -0.5 if None.
+        sinks: (Hq,) logits that join the softmax denominators of their heads, without a value.
 
     Returns:
-        out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator.
-        A row that sees nothing gets out 0 and lse -inf.
+        out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator, sink
+        included. A row that sees nothing gets out 0, and as lse its sink or -inf.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
@@ -352,21 +354,24 @@ def sparse_attention(
             row_counts = counts[b, h].tolist()
             for i, start in enumerate(range(0, q_len, q_block_size)):
                 rows = slice(start, min(start + q_block_size, q_len))
-                if row_counts[i] == 0:
-                    out[b, h, rows] = 0
-                    lse[b, h, rows] = -math.inf
-                    continue
                 kept_tokens = kept[b, h, i].repeat_interleave(k_block_size)[:k_len]
                 columns = token[kept_tokens]
+                if row_counts[i] == 0 or not len(columns):
+                    out[b, h, rows] = 0
+                    lse[b, h, rows] = -math.inf if sinks is None else sinks[h]
+                    continue
                 first = start + k_len - q_len
-                block_out, lse[b, h, rows] = _attend(
+                block_out, block_lse = _attend(
                     q[b, h, rows].to(dtype) * scale,
                     k_head.index_select(0, columns),
                     v_head.index_select(0, columns),
                     columns,
                     first if causal else None,
                 )
+                if sinks is not None:
+                    block_out, block_lse = _add_sink(block_out, block_lse, sinks[h].to(dtype))
                 out[b, h, rows] = block_out.to(q.dtype)
+                lse[b, h, rows] = block_lse
     return out, lse
 
 
@@ -394,3 +399,78 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     out = torch.where(total == 0, 0, (weights @ v) / total)
     return out, (total.log() + shift).squeeze(-1)
+
+
+def _add_sink(
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (M, D), (M,) with one more logit in the denominator, which has no value."""
+    total = torch.logaddexp(lse, sink)
+    share = torch.where(lse == -math.inf, 0, (lse - total).exp())
+    return out * share[:, None], total
+
+
+def sparse_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: torch.Tensor,
+    counts: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attention` of every sequence of a ragged batch by itself.
+
+    Args:
+        q: (total_q, Hq, D); sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        k, v: (total_k, Hkv, D) and cu_seqlens_k; or pools (pages, page_size, Hkv, D), where
+            block_table (B, any) names the pages of each sequence in order.
+        seqused_k: (B,) keys of each sequence that count; with pages its length.
+        bits, counts: (B, Hq, Nq, words), (B, Hq, Nq) for max_seqlen_q and max_seqlen_k. Blocks are
+            counted from the first token of each sequence.
+
+    Returns:
+        out like q, and lse (Hq, total_q). Rows of no sequence are 0 and -inf.
+    """
+    total_q, q_heads, _ = q.shape
+    out = torch.zeros_like(q)
+    lse = torch.full(
+        (q_heads, total_q), -math.inf, dtype=_accumulate_dtype(q.dtype), device=q.device
+    )
+    q_ends = cu_seqlens_q.tolist()
+    k_ends = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    used = None if seqused_k is None else seqused_k.tolist()
+    for b, (start, end) in enumerate(zip(q_ends, q_ends[1:], strict=False)):
+        rows = slice(start, end)
+        if block_table is not None and used is not None:
+            pages = block_table[b, : -(-used[b] // k.shape[1])].long()
+            keys, values = (x[pages].flatten(0, 1)[: used[b]] for x in (k, v))
+        elif k_ends is not None:
+            k_end = k_ends[b + 1] if used is None else min(k_ends[b + 1], k_ends[b] + used[b])
+            keys, values = (x[k_ends[b] : k_end] for x in (k, v))
+        q_blocks = -(-(end - start) // q_block_size)
+        words = -(-len(keys) // (k_block_size * _bits.WORD_BITS))
+        of_sequence, of_sequence_lse = sparse_attention(
+            q[rows].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            bits[b : b + 1, :, :q_blocks, :words],
+            counts[b : b + 1, :, :q_blocks],
+            scale,
+            causal,
+            q_block_size,
+            k_block_size,
+            sinks,
+        )
+        out[rows] = of_sequence[0].transpose(0, 1)
+        lse[:, rows] = of_sequence_lse[0]
+    return out, lse

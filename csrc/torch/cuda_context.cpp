@@ -37,12 +37,20 @@ DType kernel_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
-TensorView view(const Tensor& tensor) {
+TensorView view(const Tensor& tensor) { return view(tensor, 0, 1, 2); }
+
+TensorView view(const Tensor& tensor, int64_t batch, int64_t head, int64_t row) {
   // The stride of a dimension of size 1 means nothing, but would decide about alignment.
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
   const auto stride = [&](int64_t dim) {
-    return tensor.size(dim) > 1 ? tensor.stride(dim) : tensor.size(3);
+    return tensor.size(dim) > 1 ? tensor.stride(dim) : head_dim;
   };
-  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
+  const int64_t row_stride = stride(row);
+  // A single batch element, or page, could be followed by another at any multiple of a row.
+  const int64_t batch_stride = batch < 0                ? 0
+                               : tensor.size(batch) > 1 ? tensor.stride(batch)
+                                                        : row_stride;
+  return {tensor.data_ptr(), batch_stride, stride(head), row_stride};
 }
 
 }  // namespace prism

@@ -38,7 +38,10 @@ class NvtxRange {
 };
 
 DType kernel_dtype(const Tensor& tensor);
-TensorView view(const Tensor& tensor);
+TensorView view(const Tensor& tensor);  // of (batch, heads, length, head_dim)
+
+// Of a tensor whose batch elements, heads and rows lie along other dimensions; -1: there is none.
+TensorView view(const Tensor& tensor, int64_t batch, int64_t head, int64_t row);
 
 }  // namespace prism
 

@@ -24,7 +24,13 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
-      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
+      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
+      "Tensor? sinks=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
+      "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, bool causal=True, "
+      "int q_block_size=128, int k_block_size=128, Tensor? sinks=None) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
@@ -46,6 +52,7 @@ static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
   m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
+  m.impl("sparse_attention_varlen", TORCH_BOX(&prism::sparse_attention_varlen));
   m.impl("prefill", TORCH_BOX(&prism::prefill));
 }
 

@@ -44,7 +44,16 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,
-                                            int64_t q_block_size, int64_t k_block_size);
+                                            int64_t q_block_size, int64_t k_block_size,
+                                            const std::optional<Tensor>& sinks);
+
+// The same for sequences of different lengths, packed or in pages.
+std::tuple<Tensor, Tensor> sparse_attention_varlen(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
+    const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> scale, bool causal,
+    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,

@@ -11,6 +11,7 @@ import torch
 from helpers import inputs, oracle
 from helpers.build import attention_inputs, select_inputs
 from helpers.cases import AttentionCase, SelectCase
+from helpers.ragged import RaggedCase, ragged_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import prism_cuda  # noqa: F401  registers the ops
@@ -22,10 +23,11 @@ OPS = (
     "estimate_blocks",
     "estimate_grid",
     "sparse_attention",
+    "sparse_attention_varlen",
     "prefill",
 )
 MUTATING = ("pool_append_",)
-DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
+DIFFERENTIABLE = ("block_pool", "sparse_attention", "sparse_attention_varlen", "prefill")
 
 
 def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[torch.Tensor]:
@@ -54,6 +56,14 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return attention.op_arguments(), attention.settings
     if name == "estimate_grid":
         return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
+    if name == "sparse_attention_varlen":
+        ragged = ragged_inputs(
+            RaggedCase("sample", lengths=((70, 200), (0, 3), (130, 130)), page_size=16, sinks=True),
+            torch.bfloat16,
+            device,
+        ).op_arguments()
+        schema = [argument.name for argument in op(name)._schema.arguments]
+        return tuple(ragged[argument] for argument in schema), {}
     tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
     return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
@@ -107,6 +117,14 @@ def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> No
 def test_meta_tensors_of_zero_length(name: str) -> None:
     q, k = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 0, 64, device="meta")
     bits = torch.empty(2, 4, 0, 0, device="meta", dtype=torch.int32)
+    if name == "sparse_attention_varlen":
+        ends = bits.new_empty(3)
+        packed = torch.ops.prism.sparse_attention_varlen(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), k[0].transpose(0, 1), bits, bits[..., 0:0],
+            ends, ends, None, None, 0, 0,
+        )  # fmt: skip
+        assert [x.shape for x in packed] == [(0, 4, 64), (4, 0)]
+        return
     calls: dict[str, Callable[[], Any]] = {
         "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
         "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),

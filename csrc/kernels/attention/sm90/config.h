@@ -95,24 +95,6 @@ struct AttentionConfig {
   static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);   // one stage
   static constexpr uint32_t kBytesKV = kTileN * kHeadDim * sizeof(Element);  // one stage
 
-  // (rows, head_dim, heads, batch) in global memory, moved kRows x 64 at a time. A copy's
-  // coordinates are (column, row, head, batch).
-  using GmemShape = cute::Shape<int32_t, cute::Int<kHeadDim>, int32_t, int32_t>;
-  using GmemStride = cute::Stride<int64_t, cute::_1, int64_t, int64_t>;
-  template <int kRows, typename Operation>
-  static auto make_tma(Operation operation, const void* data, GmemShape shape, GmemStride stride) {
-    using Box = cute::Shape<cute::Int<kRows>, cute::_64>;
-    const auto gmem =
-        cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(data)), shape, stride);
-    return cute::make_tma_copy(operation, gmem, cute::tile_to_shape(AtomK{}, Box{}), Box{},
-                               cute::_1{});
-  }
-  using TmaLoad = cute::SM90_TMA_LOAD;
-  using TmaStore = cute::SM90_TMA_STORE;
-  using TmaQ = decltype(make_tma<kTileM>(TmaLoad{}, nullptr, {}, {}));
-  using TmaKV = decltype(make_tma<kBoxN>(TmaLoad{}, nullptr, {}, {}));
-  using TmaO = decltype(make_tma<64>(TmaStore{}, nullptr, {}, {}));
-
   struct NoBuffer {};
   struct OutputBuffer {
     alignas(1024) Element panels[kConsumers][kPanelsO][kPanelO];

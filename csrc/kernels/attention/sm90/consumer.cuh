@@ -7,7 +7,6 @@
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/softmax.cuh"
-#include "kernels/attention/tile_coord.h"
 
 namespace prism::sm90 {
 
@@ -38,14 +37,14 @@ struct Consumer {
   using Storage = typename Config::SharedStorage;
   static constexpr int kRows = 2;  // rows of one thread: lane / 4 and 8 below
 
-  const KernelArguments<Config>& arguments;
+  const KernelArguments& arguments;
   const SparseAttentionParams& params;
   Storage& storage;
   int warpgroup;  // 0 or 1
   Ring<Config::kStagesTile> tile_ring;
   uint32_t key_tile = 0;  // whose scores come next; the values in use are those of the one before
 
-  __device__ Consumer(const KernelArguments<Config>& arguments, Storage& storage, int warpgroup)
+  __device__ Consumer(const KernelArguments& arguments, Storage& storage, int warpgroup)
       : arguments(arguments), params(arguments.params), storage(storage), warpgroup(warpgroup) {}
 
   // Index within the consumers. Volatile, so that what depends on it is computed where it is needed
@@ -111,13 +110,12 @@ struct Consumer {
 
   template <typename Scores>
   __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
-    const TileRows rows(params, tile().q_block, Config::kTileM);
     constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
     const int thread = this->thread();
     int last_key[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      last_key[row] = rows.last_key(params, row_in_tile(thread) + row * 8) - thread % 4 * 2;
+      last_key[row] = tile().last_key(row_in_tile(thread) + row * 8) - thread % 4 * 2;
     }
 #pragma unroll
     for (int box = 0; box < Config::kBoxes; ++box) {
@@ -328,15 +326,14 @@ struct Consumer {
   template <typename Output, typename Softmax>
   __device__ __forceinline__ void store(Output& output, const Softmax& softmax,
                                         const TileDescriptor& tile) {
-    const TileRows rows(params, tile.q_block, Config::kTileM);
-    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
     const int thread = this->thread();
+    const float sink = this->sink(tile);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float lse = softmax.finish(output, row);
-      const int tile_row = row_in_tile(thread) + row * 8;
-      if (thread % 4 == 0 && tile_row < rows.valid) {
-        params.lse[head * params.q_len + rows.first + tile_row] = lse;
+      const float lse = softmax.finish(output, row, sink);
+      const int x = tile.q_x + row_in_tile(thread) + row * 8;
+      if (thread % 4 == 0 && x < arguments.q_end) {
+        params.lse[arguments.lse.at(x, tile.q_y, tile.q_head)] = lse;
       }
     }
 #pragma unroll
@@ -356,9 +353,8 @@ struct Consumer {
       if (is_storer()) {
 #pragma unroll
         for (int i = 0; i < Config::kPanelsO; ++i) {
-          SM90_TMA_STORE_4D::copy(arguments.tma_o.get_tma_descriptor(), output_panel(tile, i),
-                                  (panel + i) * 64, rows.first + warpgroup * 64, tile.q_head,
-                                  tile.batch);
+          SM90_TMA_STORE_5D::copy(&arguments.tma_o, output_panel(tile, i), (panel + i) * 64,
+                                  tile.q_x + warpgroup * 64, tile.q_head, tile.q_y, arguments.z);
         }
         tma_store_arrive();
       }
@@ -402,21 +398,29 @@ struct Consumer {
     }
   }
 
-  // A tile without keys: output 0, log-sum-exp -inf.
+  // What the head adds to the softmax denominator, as a logit.
+  __device__ float sink(const TileDescriptor& tile) const {
+    return params.sinks == nullptr ? -INFINITY : __ldg(params.sinks + tile.q_head);
+  }
+
+  // A tile without keys: output 0, and the log-sum-exp of the sink alone, -inf without one.
   __device__ void store_empty(const TileDescriptor& tile) const {
     constexpr int kVector = 8;
-    const TileRows rows(params, tile.q_block, Config::kTileM);
-    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
-    Element* out = static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
-                   tile.q_head * params.out.head_stride;
-    for (int i = thread(); i < rows.valid * (Config::kHeadDim / kVector);
-         i += Config::kConsumerThreads) {
-      const int64_t row = rows.first + i / (Config::kHeadDim / kVector);
-      const int column = i % (Config::kHeadDim / kVector) * kVector;
-      *reinterpret_cast<uint4*>(out + row * params.out.row_stride + column) = uint4{};
+    constexpr int kVectors = Config::kHeadDim / kVector;
+    const int column = thread() % kVectors * kVector;
+#pragma unroll 1
+    for (int row = thread() / kVectors; row < Config::kTileM;
+         row += Config::kConsumerThreads / kVectors) {
+      const int x = tile.q_x + row;
+      if (x < arguments.q_end && column < params.head_dim) {
+        auto* out = static_cast<Element*>(params.out.data) +
+                    arguments.out.at(x, tile.q_y, tile.q_head) + column;
+        *reinterpret_cast<uint4*>(out) = uint4{};
+      }
     }
-    for (int row = thread(); row < rows.valid; row += Config::kConsumerThreads) {
-      params.lse[head * params.q_len + rows.first + row] = -INFINITY;
+    const int x = tile.q_x + thread();
+    if (thread() < Config::kTileM && x < arguments.q_end) {
+      params.lse[arguments.lse.at(x, tile.q_y, tile.q_head)] = sink(tile);
     }
   }
 };

@@ -118,8 +118,7 @@ class LongRows {
     __syncthreads();  // also the other band's scores are done with
     const SelectWorkspace workspace(params_);
     const float* key_scales = workspace.key_scales + rows_.tile.kv_head * workspace.padded_keys;
-    float* const strip = scores(lane() / 4);
-    const int pitch = static_cast<int>(workspace.padded_keys);
+    const int64_t step = workspace.padded_keys * 8;  // from a thread's row to its next
 #pragma unroll 1
     for (int word = warp(); word < rows_.tile.scored_words; word += Shape::kWarps) {
       const int key = word * 32 + lane() % 4 * 8;  // the first of eight
@@ -127,12 +126,13 @@ class LongRows {
       stream.score(rows_.queries, slices, x);
       const float4 low = *reinterpret_cast<const float4*>(key_scales + key);
       const float4 high = *reinterpret_cast<const float4*>(key_scales + key + 4);
+      float* row = scores(lane() / 4) + key;
 #pragma unroll
       for (int m = 0; m < Shape::kRowTiles; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = half * 2;
-          auto* target = reinterpret_cast<float4*>(strip + (m * 16 + half * 8) * pitch + key);
+        for (int i = 0; i < 4; i += 2) {
+          auto* target = reinterpret_cast<float4*>(row);
+          row += step;
           __stcg(target, float4{x[0][m][i] * low.x, x[0][m][i + 1] * low.y, x[1][m][i] * low.z,
                                 x[1][m][i + 1] * low.w});
           __stcg(target + 1, float4{x[2][m][i] * high.x, x[2][m][i + 1] * high.y,

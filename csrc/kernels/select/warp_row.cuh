@@ -103,7 +103,7 @@ class WarpRow {
     total_ = team_.sum(sums[0] + sums[1]);
     // A Newton step makes up for the approximate reciprocal. A division, here as below, may call a
     // function, before which the values would have to leave their registers.
-    const float inverse = __fdividef(1.f, total_);
+    const float inverse = reciprocal_approximate(total_);
     per_weight_ = kProbabilityOne * fmaf(inverse, fmaf(-total_, inverse, 1.f), inverse);
     return isfinite(largest * scale) && isfinite(total_);
   }
@@ -116,8 +116,8 @@ class WarpRow {
   __device__ Cut search(const KeepRules& rules, int visible) const {
     const uint32_t target = rules.target;
     // Weights up to here cannot make up what the target leaves, even with all sums rounded.
-    const float floor =
-        ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ / static_cast<float>(visible);
+    const float floor = ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ *
+                        reciprocal_approximate(static_cast<float>(visible));
     Bracket bracket(fmaxf(floor, 0.f), 1.f, rules.top_p);
     uint32_t above_low = static_cast<uint32_t>(kProbabilityOne);
     uint32_t above_high = 0;
@@ -154,7 +154,8 @@ class WarpRow {
     const float weight = __uint_as_float(bracket.high());
     const double lacking = static_cast<double>(target) - above_high;
     const double each = static_cast<double>(weight) * per_weight_;
-    float ties = ceilf(__fdividef(static_cast<float>(lacking), static_cast<float>(each)));
+    float ties =
+        ceilf(static_cast<float>(lacking) * reciprocal_approximate(static_cast<float>(each)));
     ties += ties * each < lacking ? 1.f : 0.f;
     ties -= (ties - 1.f) * each >= lacking ? 1.f : 0.f;
     return {weight, static_cast<uint32_t>(fminf(ties, 1e9f))};

@@ -50,11 +50,11 @@ std::tuple<Tensor, Tensor> estimate_grid_cuda(const Tensor& q, const Tensor& k, 
               " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
   int64_t bytes = 0;
   context.check(grid_workspace_bytes(params, &bytes));
-  const Tensor bits = torch::stable::new_empty(
+  const Tensor bits = new_empty(
       q, {q.size(0), q.size(1), select.q_blocks, ceil_div(select.k_blocks, 32)}, ScalarType::Int);
   const Tensor counts =
-      torch::stable::new_empty(q, {q.size(0), q.size(1), select.q_blocks}, ScalarType::Int);
-  const Tensor workspace = torch::stable::new_empty(q, {ceil_div(bytes, 4)}, ScalarType::Float);
+      new_empty(q, {q.size(0), q.size(1), select.q_blocks}, ScalarType::Int);
+  const Tensor workspace = new_empty(q, {ceil_div(bytes, 4)}, ScalarType::Float);
   select.workspace = workspace.data_ptr();
   select.bits = static_cast<uint32_t*>(bits.data_ptr());
   select.counts = static_cast<int32_t*>(counts.data_ptr());

@@ -84,10 +84,10 @@ Selection make_selection(const CudaContext& context, const char* op, const char*
   int64_t workspace_bytes = 0;
   context.check(select_workspace_bytes(params, &workspace_bytes));
   Selection selection{
-      torch::stable::new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
+      new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
                                ScalarType::Int),
-      torch::stable::new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
-      torch::stable::new_empty(like, {ceil_div(workspace_bytes, 4)}, ScalarType::Float), params};
+      new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
+      new_empty(like, {ceil_div(workspace_bytes, 4)}, ScalarType::Float), params};
   selection.params.workspace = selection.workspace.data_ptr();
   selection.params.bits = static_cast<uint32_t*>(selection.bits.data_ptr());
   selection.params.counts = static_cast<int32_t*>(selection.counts.data_ptr());

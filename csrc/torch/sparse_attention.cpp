@@ -18,7 +18,7 @@ constexpr const char* kOp = "sparse_attention";
 #ifdef PRISM_WITH_CUDA
 
 Tensor make_output(const Tensor& q) {
-  Tensor out = torch::stable::empty_like(q);
+  Tensor out = new_empty_like(q);
   if (out.stride(out.dim() - 1) != 1) {  // an overlapping q can have another dimension innermost
     const auto sizes = q.sizes();
     out = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, q.scalar_type());
@@ -33,7 +33,7 @@ void run_attention(const char* op, const CudaContext& context, const Tensor& q,
   PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, op, choice.name);
   std::optional<Tensor> tile_counter;  // kept until the launch; the allocator orders its reuse
   if (choice.kernel == AttentionKernel::kSm90) {
-    tile_counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
+    tile_counter = new_empty(q, {1}, ScalarType::Int);
     params.tile_counter = static_cast<int32_t*>(tile_counter->data_ptr());
   }
   const cudaError_t error = launch_sparse_attention(params, context.sm(), context.stream());
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
                                                  const std::optional<Tensor>& sinks) {
   const CudaContext context(kOp, q);
   Tensor out = make_output(q);
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   SparseAttentionParams params{};
   params.q = view(q);
   params.k = view(k);

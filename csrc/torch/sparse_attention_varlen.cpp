@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
 #ifdef PRISM_WITH_CUDA
   const CudaContext context(kOp, q);
   Tensor out = make_output(q);
-  Tensor lse = torch::stable::new_empty(q, {batch.q_heads, q.size(0)}, ScalarType::Float);
+  Tensor lse = new_empty(q, {batch.q_heads, q.size(0)}, ScalarType::Float);
   SparseAttentionParams params{};
   params.q = view(q, /*batch=*/-1, /*head=*/1, /*row=*/0);
   params.k = block_table ? view(k, 0, 2, 1) : view(k, -1, 1, 0);

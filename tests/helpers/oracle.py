@@ -6,6 +6,7 @@ Nothing here calls or imports prism_cuda: a mistake there cannot be repeated her
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -148,13 +149,19 @@ def low_precision_attention(
     causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """The same maths in plain PyTorch at the inputs' precision: the yardstick of the tolerance."""
+    """The same maths in plain PyTorch at the inputs' precision: the yardstick of the tolerance.
+
+    PRISM_YARDSTICK_ON_CPU moves it there: compute-sanitizer's racecheck aborts in cuBLAS.
+    """
+    device = q.device
+    if "PRISM_YARDSTICK_ON_CPU" in os.environ:
+        q, k, v, block_mask = (x.cpu() for x in (q, k, v, block_mask))
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if k_len == 0:
-        return out
+        return out.to(device)
     keys = torch.arange(k_len, device=q.device)
     positions = token_positions(q_len, k_len, q.device)
     for b in range(batch):
@@ -171,7 +178,7 @@ def low_precision_attention(
                     scores.float().masked_fill(~token_mask, -math.inf), dim=-1
                 ).nan_to_num(0.0)
                 out[b, h, rows] = weights.to(q.dtype) @ v[b, g]
-    return out
+    return out.to(device)
 
 
 @dataclass

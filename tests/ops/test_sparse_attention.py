@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -53,15 +52,11 @@ def check(case: AttentionInputs) -> None:
     assert lse.dtype == torch.float32
     assert lse.is_contiguous()
     arguments = (case.q, case.k, case.v, case.mask)
-    on_cpu = "PRISM_YARDSTICK_ON_CPU" in os.environ  # see tools/sanitize.sh
-    yardstick = oracle.low_precision_attention(
-        *(x.cpu() if on_cpu else x for x in arguments), **case.settings
-    )
     check_attention(
         out,
         lse,
         oracle.attention(*arguments, **case.settings),
-        yardstick.to(case.q.device),
+        oracle.low_precision_attention(*arguments, **case.settings),
     )
 
 

@@ -13,16 +13,11 @@
 #include "kernels/grid/mass_row.cuh"
 #include "kernels/grid/workspace.h"
 #include "kernels/launch.h"
+#include "kernels/select/interpolate.cuh"
 #include "kernels/select/key_stream.cuh"
 #include "kernels/select/row_range.cuh"
 
 namespace prism {
-
-__device__ inline float log2_approximate(float x) {
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-  return result;
-}
 
 // Begins to copy 16 bytes, or 4, into shared memory.
 template <int kBytes>

@@ -114,6 +114,8 @@ struct SparseAttentionParams {
   int q_block_size;  // tokens
   int k_block_size;  // tokens
   float scale;       // softmax scale, > 0
+  float softcap;     // scores become softcap * tanh(score / softcap); 0: they do not
+  int window_left;   // keys before its own position that a row sees; -1: all
   bool causal;       // bottom-right aligned
   DType dtype;
   RaggedBatch ragged;

@@ -75,8 +75,11 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
   const bool tma = k_rows > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
                    tma_compatible(params.v) &&
                    (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
-  return choose_attention_kernel(
-      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90_kernels(), tma});
+  AttentionTraits traits{
+      sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90_kernels(), tma};
+  traits.softcap = params.softcap > 0.f;
+  traits.window = params.window_left >= 0;
+  return choose_attention_kernel(traits);
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,

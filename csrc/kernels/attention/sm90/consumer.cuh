@@ -67,8 +67,10 @@ struct Consumer {
       cutlass::arch::NamedBarrier::arrive(Config::kConsumerThreads, 1 + (warpgroup ^ 1));
     }
   }
-  // The consumers of one warpgroup only.
-  __device__ void warpgroup_sync() const { cutlass::arch::NamedBarrier::sync(128, 3 + warpgroup); }
+  // The consumers of one warpgroup only. The barrier's number is not worth a register either.
+  __device__ void warpgroup_sync() const {
+    cutlass::arch::NamedBarrier::sync(128, 3 + thread() / 128);
+  }
   // What wgmma has read is free once the warpgroup has waited for it.
   template <typename Barrier>
   __device__ void release(Barrier& free) const {

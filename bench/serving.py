@@ -3,11 +3,11 @@
     python bench/serving.py --json serving.json
     python bench/serving.py --lengths 32768 --page-sizes 16 128
 
-First one sequence a length, whose tokens lie contiguous, packed or in shuffled pages; `vs_contiguous`
-is the share of the contiguous call's speed. Then a batch of the lengths in MIX, ragged and padded to
-the longest. Outputs are compared with the contiguous ones before anything is timed: where the same
-kernel computes them they have to be equal bit by bit, else within 0.01. Figures are CUDA-graph
-replays of all layouts in turn (timing.py).
+First one sequence a length, whose tokens lie contiguous, packed or in shuffled pages;
+`vs_contiguous` is the share of the contiguous call's speed. Then a batch of the lengths in MIX,
+ragged and padded to the longest. Outputs are compared with the contiguous ones before anything is
+timed: where the same kernel computes them the same way they have to be equal bit by bit, else
+within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def contiguous(q: Tensor, k: Tensor, v: Tensor, mask: Result) -> Callable[[], Re
 def check(name: str, got: Result, want: Result, exactly: bool) -> None:
     for a, b in zip(got, want, strict=True):
         error = (a.float() - b.float()).abs().max().item()
-        if error > (0.0 if exactly else 0.01):
+        if error > (0.0 if exactly else 0.04):
             raise SystemExit(f"{name}: off by {error}")
 
 

@@ -179,7 +179,6 @@ prism::SelectBlocksParams select_params(const Shape& shape, double top_p) {
   params.keep_above = INFINITY;  // off
   params.keep_sink = 1;
   params.keep_recent = 1;
-  params.window_left = -1;
   params.causal = true;
   return params;
 }
@@ -312,7 +311,6 @@ void test_sparse_attention(const Shape& shape, const Input& q, const Input& k, c
   params.q_block_size = shape.q_block;
   params.k_block_size = shape.k_block;
   params.scale = static_cast<float>(scale);
-  params.window_left = -1;
   params.causal = true;
   params.dtype = prism::DType::kBFloat16;
   check(prism::launch_sparse_attention(params, compute_capability(), nullptr), "sparse_attention");

@@ -183,6 +183,8 @@ def _fake_sparse_attention(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -204,6 +206,8 @@ def _fake_sparse_attention_varlen(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total_q, q_heads, _ = q.shape
     return torch.empty_like(q), q.new_empty((q_heads, total_q), dtype=torch.float32)

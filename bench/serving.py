@@ -7,7 +7,9 @@ First one sequence a length, whose tokens lie contiguous, packed or in shuffled 
 `vs_contiguous` is the share of the contiguous call's speed. Then a batch of the lengths in MIX,
 ragged and padded to the longest. Outputs are compared with the contiguous ones before anything is
 timed: where the same kernel computes them the same way they have to be equal bit by bit, else
-within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py).
+within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py). Last a prompt
+prefilled in chunks by ChunkedPrefill, estimation included, in eager calls; `relative_change` is how
+far its output is from that of one call (norm of the difference over the norm).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from masks import random_mask
+from masks import random_mask, structured_qkv
 from record import print_table, write_json
 from timing import capture, measure_alternating
 from torch import Tensor
@@ -147,16 +149,48 @@ def mixed(density: float, options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
 
 
+def chunked(length: int, options: argparse.Namespace) -> list[Row]:
+    """Whole prefill, estimation included, by chunks with pooled keys kept, and in one call."""
+    q, k, v = structured_qkv(HEADS, KV_HEADS, length, HEAD_DIM, torch.bfloat16, DEVICE)
+    state = prism_cuda.ChunkedPrefill(1, KV_HEADS, HEAD_DIM, length)
+    want = prism_cuda.prefill(q, k, v)
+    rows: list[Row] = []
+    for chunk in (length, *options.chunks):
+        outputs: list[Tensor] = []
+
+        def by_chunks(chunk: int = chunk, outputs: list[Tensor] = outputs) -> None:
+            state.reset()
+            outputs.clear()
+            for start in range(0, length, chunk):
+                end = min(start + chunk, length)
+                outputs.append(state.prefill(q[:, :, start:end], k[:, :, :end], v[:, :, :end]))
+
+        by_chunks()
+        got = torch.cat(outputs, dim=2).float()
+        error = (got - want.float()).norm() / want.float().norm()
+        (times,) = measure_alternating([by_chunks], rounds=3, budget_ms=options.budget_ms)
+        rows.append(
+            {"L": length, "density": "top-p 0.95", "layout": f"chunks of {chunk}",
+             "ms": median(times), "relative_change": float(error)}
+        )  # fmt: skip
+    for row in rows:
+        row["vs_contiguous"] = rows[0]["ms"] / row["ms"]
+    return rows
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25])
     parser.add_argument("--page-sizes", type=int, nargs="*", default=list(PAGE_SIZES))
+    parser.add_argument("--chunks", type=int, nargs="*", default=[2048, 8192, 32768])
+    parser.add_argument("--chunked-length", type=int, default=131072)
     parser.add_argument("--budget-ms", type=float, default=60.0, help="GPU time of one layout")
     parser.add_argument("--json", help="file to write")
     return parser.parse_args()
 
 
+@torch.inference_mode()
 def main() -> None:
     options = parse()
     rows: list[Row] = []
@@ -164,7 +198,9 @@ def main() -> None:
         for length in options.lengths:
             rows += one_sequence(length, density, options)
         rows += mixed(density, options)
-    print_table(rows, ["L", "density", "layout", "ms", "vs_contiguous"])
+    if options.chunks:
+        rows += chunked(options.chunked_length, options)
+    print_table(rows, ["L", "density", "layout", "ms", "vs_contiguous", "relative_change"])
     if options.json:
         write_json(options.json, rows)
 

@@ -47,8 +47,6 @@ struct Ring {
   __device__ uint32_t stage() const { return count % kStages; }
   __device__ uint32_t phase() const { return count / kStages % 2; }
   __device__ void advance() { ++count; }
-  // Has stage() computed anew afterwards instead of being kept in a register of its own.
-  __device__ void forget_stage() { asm volatile("" : "+r"(count)); }
 };
 
 }  // namespace prism::sm90

@@ -43,7 +43,8 @@ struct Loader {
         load_queries(tile);
         load_boxes(tile);
       }
-      tile_ring.forget_stage();
+      // From shared memory, so that it takes no register meanwhile.
+      tile_ring.count = const_cast<const volatile uint32_t&>(tile.position);
       storage.tile_free[tile_ring.stage()].arrive();
       tile_ring.advance();
     }

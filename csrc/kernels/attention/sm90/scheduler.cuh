@@ -46,7 +46,8 @@ struct Scheduler {
     publish(end);
   }
 
-  __device__ void publish(const TileDescriptor& tile) {
+  __device__ void publish(TileDescriptor tile) {
+    tile.position = tile_ring.count;
     storage.tile_free[tile_ring.stage()].wait(tile_ring.phase() ^ 1);
     if (threadIdx.x % 32 == 0) {
       storage.tile[tile_ring.stage()] = tile;

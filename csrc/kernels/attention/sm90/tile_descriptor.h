@@ -23,6 +23,7 @@ struct alignas(64) TileDescriptor {
   // have to be masked: bit i stands for the box i below the last visible one, set if it is kept.
   uint32_t masked_boxes;
   int padding_boxes;  // boxes of zeros before the first: the kept ones must fill whole tiles
+  uint32_t position;  // in the ring of tiles
 
   __device__ bool is_end() const { return trips < 0; }
 

@@ -140,13 +140,18 @@ def select_blocks(
     """
     config = config or PrismConfig()
     _ops.load()
-    high, low = config.resolve_bands(q.shape[-1]).ranges
+    bands = config.resolve_bands(q.shape[-1])
+    top_p = config.top_p_of_heads(q.shape[1])
+    if isinstance(top_p, tuple):
+        means = _pool(q, k, config)
+        return _select(*means, q.shape[2], k.shape[2], bands, config, causal)
+    high, low = bands.ranges
     bits, counts = torch.ops.prism.estimate_blocks(
         q,
         k,
         high,
         low,
-        config.top_p,
+        top_p,
         config.keep_sink,
         config.keep_recent,
         config.keep_above,
@@ -218,6 +223,7 @@ def run_sparse(
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
+    top_p = config.top_p_of_heads(q.shape[1])
     if recorder is not None and recorder.times:
         means, times["pool"] = _timed(lambda: _pool(q, k, config), q.device)
         mask, times["select"] = _timed(
@@ -226,6 +232,9 @@ def run_sparse(
         (out, lse), times["attend"] = _timed(
             lambda: sparse_attention(q, k, v, mask, scale=scale, return_lse=True), q.device
         )
+    elif isinstance(top_p, tuple):
+        mask = _select(*_pool(q, k, config), q_len, k_len, bands, config, causal)
+        out, lse = sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
     else:
         high, low = bands.ranges
         out, lse, bits, counts = torch.ops.prism.prefill(
@@ -234,7 +243,7 @@ def run_sparse(
             v,
             high,
             low,
-            config.top_p,
+            top_p,
             config.keep_sink,
             config.keep_recent,
             config.keep_above,
@@ -361,22 +370,60 @@ def _select(
     config: PrismConfig,
     causal: bool,
 ) -> BlockMask:
-    high, low = bands.ranges
-    bits, counts = torch.ops.prism.select_blocks(
-        q_means,
-        k_means,
-        q_len,
-        k_len,
-        high,
-        low,
-        config.top_p,
-        config.keep_sink,
-        config.keep_recent,
-        config.keep_above,
-        causal,
-        *config.block_sizes,
-    )
+    def select(q_means: torch.Tensor, k_means: torch.Tensor, top_p: float) -> list[torch.Tensor]:
+        return torch.ops.prism.select_blocks(
+            q_means,
+            k_means,
+            q_len,
+            k_len,
+            *bands.ranges,
+            top_p,
+            config.keep_sink,
+            config.keep_recent,
+            config.keep_above,
+            causal,
+            *config.block_sizes,
+        )
+
+    top_p = config.top_p_of_heads(q_means.shape[1])
+    if isinstance(top_p, tuple):
+        bits, counts = _select_per_head(select, q_means, k_means, top_p)
+    else:
+        bits, counts = select(q_means, k_means, top_p)
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
+
+
+def _select_per_head(
+    select: Callable[[torch.Tensor, torch.Tensor, float], list[torch.Tensor]],
+    q_means: torch.Tensor,
+    k_means: torch.Tensor,
+    top_p: tuple[float, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits and counts of heads with a top_p each: one selection for every distinct value.
+
+    Heads are gathered by slices: an index tensor would have to be copied to the device.
+    """
+    group, rest = divmod(len(top_p), k_means.shape[1])
+    if rest:
+        raise ValueError(
+            f"q has {len(top_p)} heads and k has {k_means.shape[1]}; expected a multiple of k's"
+        )
+    bits: dict[int, torch.Tensor] = {}
+    counts: dict[int, torch.Tensor] = {}
+    for value in sorted(set(top_p)):
+        heads = [head for head, head_value in enumerate(top_p) if head_value == value]
+        selected = select(
+            torch.stack([q_means[:, head] for head in heads], 1),
+            torch.stack([k_means[:, head // group] for head in heads], 1),
+            value,
+        )
+        for i, head in enumerate(heads):
+            bits[head], counts[head] = selected[0][:, i], selected[1][:, i]
+    heads_in_order = range(len(top_p))
+    return (
+        torch.stack([bits[head] for head in heads_in_order], 1),
+        torch.stack([counts[head] for head in heads_in_order], 1),
+    )
 
 
 def _timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:

@@ -63,6 +63,51 @@ def test_prefill_is_select_then_attend():
     assert lse.shape == q.shape[:3]
 
 
+PER_HEAD = (0.3, 0.6, 1.0, 0.3)
+
+
+def test_top_p_per_head_is_each_head_on_its_own():
+    q, k, v = qkv(900, 900)
+    config = PrismConfig(block_size=64, top_p=PER_HEAD, dense_below=0)
+    out, lse, mask = prism_cuda.prefill(q, k, v, config=config, return_lse=True, return_mask=True)
+    assert torch.equal(prism_cuda.select_blocks(q, k, config=config).bits, mask.bits)
+    with prism_cuda.record(times=True):
+        assert torch.equal(prism_cuda.prefill(q, k, v, config=config), out)
+    density = mask.density_per_head()[0].tolist()
+    assert max(density[0], density[3]) < density[1] < density[2] == 1
+    for head, top_p in enumerate(PER_HEAD):
+        one = PrismConfig(block_size=64, top_p=top_p, dense_below=0)
+        every_head_out, every_head = prism_cuda.prefill(q, k, v, config=one, return_mask=True)
+        assert torch.equal(mask.bits[:, head], every_head.bits[:, head])
+        assert torch.equal(mask.counts[:, head], every_head.counts[:, head])
+        assert torch.equal(out[:, head], every_head_out[:, head])
+
+
+def test_dense_heads_keep_every_block():
+    q, k, v = qkv()
+    config = PrismConfig(block_size=64, top_p=0.3, dense_heads=(1,), dense_below=0)
+    out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    density = mask.density_per_head()[0]
+    assert density[1] == 1 and (density[[0, 2, 3]] < 1).all()
+    close(out[:, 1], dense(q, k, v)[0][:, 1])
+
+
+@pytest.mark.parametrize("call", [prism_cuda.prefill, prism_cuda.select_blocks])
+def test_settings_for_another_number_of_heads(call):
+    tensors = qkv()[: 3 if call is prism_cuda.prefill else 2]
+    with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
+        call(*tensors, config=PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0))
+    with pytest.raises(ValueError, match="dense_heads names head 4"):
+        call(*tensors, config=PrismConfig(block_size=64, dense_heads=(4,), dense_below=0))
+
+
+def test_top_p_per_head_needs_whole_groups():
+    q, k, _ = qkv()
+    config = PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0)
+    with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
+        prism_cuda.select_blocks(q[:, :3], k, config=config)
+
+
 def test_recorded_stages_give_the_same_result():
     q, k, v = qkv()
     with prism_cuda.record(masks=True, times=True) as recording:
@@ -152,11 +197,13 @@ def test_cuda_equals_cpu():
     assert all(seconds > 0 for seconds in recording.calls[0].times.values())
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("top_p", [0.5, PER_HEAD], ids=["one", "per_head"])
+def test_compiles_without_graph_breaks(top_p):
     q, k, v = qkv(200, 200)
+    config = PrismConfig(block_size=64, top_p=top_p, dense_heads=(2,), dense_below=0)
     compiled = torch.compile(
-        lambda q, k, v: prism_cuda.prefill(q, k, v, config=SPARSE),
+        lambda q, k, v: prism_cuda.prefill(q, k, v, config=config),
         fullgraph=True,
         backend="aot_eager",
     )
-    assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=SPARSE))
+    assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=config))

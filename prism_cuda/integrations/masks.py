@@ -93,6 +93,31 @@ def prism_mask(
     return padding
 
 
+def token_mask(
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    padding: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Bool (B or 1, 1, q_len, k_len): what causal queries see, token by token.
+
+    Args:
+        padding: bool (B, n), the real tokens; queries end at the n-th key. None: at the last one.
+        window: keys that a query sees, its own included; None for all.
+    """
+    written = k_len if padding is None else padding.shape[1]
+    position = torch.arange(written - q_len, written, device=device)[:, None]
+    key = torch.arange(k_len, device=device)[None, :]
+    visible = key <= position
+    if window is not None:
+        visible = visible & (key > position - window)
+    visible = visible[None, None]
+    if padding is not None:
+        visible = visible & F.pad(padding, (0, k_len - written))[:, None, None, :]
+    return visible
+
+
 def row_spans(padding: torch.Tensor) -> list[Span]:
     """(first, end) of the real tokens of every row of a bool (B, n) mask.
 

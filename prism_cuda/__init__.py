@@ -5,7 +5,7 @@ from prism_cuda.bands import Bands
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
-from prism_cuda.integrations import register
+from prism_cuda.integrations import register, use_continuous_batching
 from prism_cuda.recording import record
 
 __version__ = "0.1.0"
@@ -21,4 +21,5 @@ __all__ = [
     "register",
     "select_blocks",
     "sparse_attention",
+    "use_continuous_batching",
 ]

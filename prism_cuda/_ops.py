@@ -71,7 +71,25 @@ def _refuse_backward(name: str) -> Callable[..., None]:
     return backward
 
 
+def _check_devices(op: str, **tensors: torch.Tensor) -> None:
+    """Refuse tensors of several devices, one of which is meta: torch sends them here."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"prism::{op}: {name} is on {tensor.device} but {first_name} is on "
+                f"{first.device}; expected the same device"
+            )
+
+
+def _check_block_sizes(op: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size not in (64, 128):
+            raise RuntimeError(f"prism::{op}: {name} is {size}; allowed: 64, 128")
+
+
 def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    _check_block_sizes("block_pool", block_size=block_size)
     batch, heads, length, head_dim = x.shape
     blocks = (length + block_size - 1) // block_size
     return x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
@@ -92,6 +110,7 @@ def _fake_select_blocks(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("select_blocks", q_means=q_means, k_means=k_means)
     rows = q_means.shape[:3]
     words = (k_means.shape[2] + WORD_BITS - 1) // WORD_BITS
     return (
@@ -113,6 +132,8 @@ def _fake_estimate_blocks(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("estimate_blocks", q=q, k=k)
+    _check_block_sizes("estimate_blocks", q_block_size=q_block_size, k_block_size=k_block_size)
     batch, q_heads, q_len, _ = q.shape
     q_blocks = (q_len + q_block_size - 1) // q_block_size
     k_blocks = (k.shape[2] + k_block_size - 1) // k_block_size
@@ -134,6 +155,7 @@ def _fake_sparse_attention(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("sparse_attention", q=q, k=k, v=v, bits=bits, counts=counts)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -152,6 +174,8 @@ def _fake_prefill(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_devices("prefill", q=q, k=k, v=v)
+    _check_block_sizes("prefill", q_block_size=q_block_size, k_block_size=k_block_size)
     return (
         *_fake_sparse_attention(q, k, v, q, q),
         *_fake_estimate_blocks(

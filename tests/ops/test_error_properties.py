@@ -1,0 +1,49 @@
+"""Thousands of wrong calls of every op: each is refused by the name of the wrong argument."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.wrong_calls import OPS, RIGHT, Right, WrongCall, wrong_calls
+from hypothesis import HealthCheck, Phase, given, settings
+
+import prism_cuda  # noqa: F401  registers the ops
+
+# On a GPU the refusals are the same code; a few show that nothing is launched.
+CALLS = {"cpu": 2000, "cuda": 200}
+
+
+@pytest.mark.parametrize("sizes", RIGHT)
+@pytest.mark.parametrize("name", OPS)
+def test_the_right_calls_are_accepted(name: str, sizes: Right, device: str) -> None:
+    getattr(torch.ops.prism, name)(**OPS[name].build(sizes, device))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_argument_is_changed(name: str) -> None:
+    schema = getattr(torch.ops.prism, name).default._schema
+    assert set(OPS[name].mutations) == {argument.name for argument in schema.arguments}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_wrong_calls_are_refused_by_name(name: str, device: str) -> None:
+    op = getattr(torch.ops.prism, name)
+    refused = 0
+
+    @settings(
+        max_examples=CALLS[device] + 50,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(wrong_calls(name, device))
+    def call(wrong: WrongCall) -> None:
+        nonlocal refused
+        with pytest.raises(RuntimeError, match=rf"^prism::{name}\b.*\b{wrong.argument}\b"):
+            op(**wrong.arguments)
+        refused += 1
+
+    call()
+    assert refused >= CALLS[device]

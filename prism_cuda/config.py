@@ -160,6 +160,10 @@ class PrismConfig:
                 return dataclasses.replace(self, layers=(), dense_layers=0, **dict(fields))
         return self
 
+    def own_layers(self) -> list[int]:
+        """The layers with settings of their own."""
+        return [layer for layer, _ in self._layer_fields()]
+
     def is_dense_layer(self, layer: int | None) -> bool:
         """Whether ``dense_layers`` names the layer."""
         if layer is None:

@@ -325,15 +325,21 @@ def _sdpa(
         return out
     # A single query, being last, sees every key.
     bias = causal_lower_right(q_len, k_len) if causal and 1 < q_len < k_len else None
+    # Branches, because a compiler that knows no lengths makes symbols of the comparisons.
+    is_causal = enable_gqa = False
+    if causal and bias is None and q_len > 1:
+        is_causal = True
+    if q.shape[1] != k.shape[1]:
+        enable_gqa = True
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=bias,
         dropout_p=dropout,
-        is_causal=causal and q_len > 1 and bias is None,
+        is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=enable_gqa,
     )
 
 
@@ -403,10 +409,11 @@ def _select_per_head(
 
     Heads are gathered by slices: an index tensor would have to be copied to the device.
     """
-    group, rest = divmod(len(top_p), k_means.shape[1])
-    if rest:
+    kv_heads = int(k_means.shape[1])
+    group = len(top_p) // kv_heads
+    if len(top_p) % kv_heads:
         raise ValueError(
-            f"q has {len(top_p)} heads and k has {k_means.shape[1]}; expected a multiple of k's"
+            f"q has {len(top_p)} heads and k has {kv_heads}; expected a multiple of k's"
         )
     bits: dict[int, torch.Tensor] = {}
     counts: dict[int, torch.Tensor] = {}

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils import logging
 
 from prism_cuda.config import PrismConfig
-
-logger = logging.get_logger(__name__)
+from prism_cuda.integrations.warnings import warn_once
 
 Span = tuple[int, int]
 
@@ -65,7 +63,7 @@ def prism_mask(
     window_open = local_size is not None and local_size >= kv_length and allow_is_causal_skip
     if mask_function is not causal_mask_function and not window_open:
         if _could_be_sparse(prism_config, q_length, kv_length):
-            logger.warning_once(
+            warn_once(
                 "prism: attention other than plain causal (sliding window, packed sequences, "
                 "bidirectional or custom masks) runs dense, with a (q, kv) mask in memory."
             )
@@ -85,7 +83,7 @@ def prism_mask(
         padding = F.pad(padding, (0, written - padding.shape[1]))
     spans = _contiguous_spans(padding)
     if spans is None:
-        logger.warning_once("prism: an attention_mask with holes runs dense.")
+        warn_once("prism: an attention_mask with holes runs dense.")
         return token_mask()
     if written == kv_length and all(span == (0, written) for span in spans):
         return None

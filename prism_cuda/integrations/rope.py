@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from prism_cuda import bands
@@ -16,6 +18,28 @@ from prism_cuda.config import PrismConfig
 
 # Hybrid models whose layers with full attention have no position embedding, by class name.
 ROTATE_WINDOWED_ONLY = ("Cohere2", "Exaone4", "ExaoneMoe", "Flint")
+
+Ranges = tuple[tuple[int, ...], tuple[int, ...]]
+
+# By layer, then by head_dim and settings: a layer's frequencies do not change.
+_ranges: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], Ranges]]
+_ranges = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Ranges:
+    """high_ranges and low_ranges of :func:`layer_bands`, remembered.
+
+    Plain tuples and not Bands, which a compiler cannot take as a constant.
+    """
+    of_layer = _ranges.setdefault(module, {})
+    ranges = of_layer.get((head_dim, config))
+    if ranges is None:
+        # torch.export runs this with fake tensors, which have no values.
+        with _disable_current_modes():
+            bands = layer_bands(module, head_dim, config)
+        ranges = of_layer[head_dim, config] = (bands.high_ranges, bands.low_ranges)
+    return ranges
 
 
 def layer_bands(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Bands:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.utils import logging
 
 from prism_cuda import functional
 from prism_cuda.bands import Bands
@@ -22,9 +20,8 @@ from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import dense
 from prism_cuda.integrations.dense import LayerCall
 from prism_cuda.integrations.masks import prism_mask, row_spans
-from prism_cuda.integrations.rope import layer_bands
-
-logger = logging.get_logger(__name__)
+from prism_cuda.integrations.rope import layer_ranges
+from prism_cuda.integrations.warnings import warn_once
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -61,8 +58,9 @@ class PrismAttention:
 
     def __init__(self, config: PrismConfig) -> None:
         self.config = config
-        self._bands: WeakKeyDictionary[torch.nn.Module, Bands] = WeakKeyDictionary()
-        self._layer_configs: dict[int | None, PrismConfig] = {}
+        self._layer_configs: dict[int | None, PrismConfig] = {
+            layer: config.for_layer(layer) for layer in config.own_layers()
+        }
 
     def __call__(
         self,
@@ -98,12 +96,12 @@ class PrismAttention:
         """
         _refuse_unsupported(module, kwargs)
         if kwargs.get("output_attentions"):
-            logger.warning_once("prism: attention weights are never computed; none are returned.")
+            warn_once("prism: attention weights are never computed; none are returned.")
         layer_idx = getattr(module, "layer_idx", None)
         call = LayerCall(
             module,
             layer_idx,
-            self._layer_config(layer_idx),
+            self._layer_configs.get(layer_idx, self.config),
             self.config.is_dense_layer(layer_idx),
             getattr(module, "is_causal", True) if is_causal is None else is_causal,
             scaling,
@@ -127,12 +125,6 @@ class PrismAttention:
             out = attend(query, key, value, attention_mask)
         return out.transpose(1, 2).contiguous(), None
 
-    def _layer_config(self, layer_idx: int | None) -> PrismConfig:
-        config = self._layer_configs.get(layer_idx)
-        if config is None:
-            config = self._layer_configs[layer_idx] = self.config.for_layer(layer_idx)
-        return config
-
     def _attend(
         self,
         call: LayerCall,
@@ -150,10 +142,7 @@ class PrismAttention:
         if choice.path == "dense":
             _warn_of_dense(call, query, key, mask, choice.reason)
             return dense.attend(call, query, key, value, mask, choice.reason)
-        bands = self._bands.get(call.module)
-        if bands is None:
-            bands = layer_bands(call.module, query.shape[-1], call.config)
-            self._bands[call.module] = bands
+        bands = Bands(*layer_ranges(call.module, query.shape[-1], call.config))
         out, lse, _ = functional.run_sparse(
             query, key, value, bands, call.config, call.scale, True, choice.reason, call.layer_idx
         )
@@ -172,7 +161,7 @@ def _warn_of_dense(
     warned_of = mask is not None  # by prism_mask
     long = key.shape[2] >= call.config.dense_below and query.shape[2] > 1
     if long and not (asked_for or warned_of):
-        logger.warning_once(f"prism: {type(call.module).__name__} runs dense: {reason}.")
+        warn_once(f"prism: {type(call.module).__name__} runs dense: {reason}.")
 
 
 def _attend_padded(

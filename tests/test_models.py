@@ -71,6 +71,28 @@ def test_generates_what_eager_generates(name: str, padded: bool) -> None:
     assert decoded and all(call.path == "dense" for call in decoded)
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma2", "qwen3-window-per-layer", "qwen2-vl"])
+def test_static_cache(name: str) -> None:
+    model = MODELS[name].build()
+    ids = prompt(2)
+    real = torch.ones_like(ids)
+    real[1, :30] = 0
+    arguments: dict[str, Any] = {
+        "attention_mask": real,
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "cache_implementation": "static",
+        "disable_compile": True,
+        "pad_token_id": 0,
+    }
+    expected = model.generate(ids, **arguments)
+    model.set_attn_implementation("prism")
+    with prism_cuda.record() as recording:
+        assert torch.equal(model.generate(ids, **arguments), expected)
+    sparse = {call.layer_idx for call in recording.calls if call.path == "prism"}
+    assert sparse == {i for i, reason in enumerate(MODELS[name].reasons) if reason == PRISM}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_bands_are_those_of_the_rotation(name: str) -> None:
     model = MODELS[name]

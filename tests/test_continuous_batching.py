@@ -43,6 +43,7 @@ def batched(model: Any, prompts: list[list[int]]) -> list[list[int]]:
         prompts,
         generation_config=GREEDY,
         continuous_batching_config=ContinuousBatchingConfig(**BATCHING),
+        warmup=False,
     )
     assert all(output.error is None for output in outputs.values())
     return [output.generated_tokens for output in outputs.values()]
@@ -97,3 +98,19 @@ def test_on_the_gpu() -> None:
         tokens = batched(model, prompts)
     assert [len(row) for row in tokens] == [NEW_TOKENS] * len(LENGTHS)
     assert any(call.path == "prism" for call in recording.calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_is_refused() -> None:
+    layer = MODELS["llama"].build().model.layers[0].self_attn
+    attention = transformers.AttentionInterface()["prism-flash"]
+    q = torch.zeros(1, 4, 200, 64, device="cuda", dtype=torch.bfloat16)
+    k = torch.zeros(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16)
+    lengths = torch.tensor([0, 120, 200], device="cuda", dtype=torch.int32)
+    torch.cuda.synchronize()
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(NotImplementedError, match="use_cuda_graph=False"),
+    ):
+        attention(layer, q, k, k, None, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,7 +28,6 @@ class LayerCall:
         window: keys that a query sees, its own included; None for all.
         softcap: logits are softcap * tanh(logits / softcap); None for no cap.
         sinks: (Hq,) logits that take part in the softmax and have no value; None for none.
-        options: everything else the layer passed.
     """
 
     module: torch.nn.Module
@@ -42,7 +40,6 @@ class LayerCall:
     window: int | None
     softcap: float | None
     sinks: torch.Tensor | None
-    options: dict[str, Any] = field(default_factory=dict)
 
     def why_dense(self, k_len: int, mask: torch.Tensor | None) -> str | None:
         """Why the kernels cannot serve a call of supported size and dtype, or None if they can."""

@@ -396,6 +396,13 @@ OPS: dict[str, Op] = {
 }
 
 
+def gpu_allocations() -> int:
+    """Blocks the CUDA allocator has handed out so far; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
+
+
 class WrongCall:
     """Arguments of a call, one of which is wrong; shown by that one."""
 

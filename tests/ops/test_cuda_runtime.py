@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,21 +67,17 @@ def assert_same(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.fixture
-def syncs_raise() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @every_call
-def test_torch_sees_no_synchronisation(call: Callable[..., Any], syncs_raise: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_torch_sees_no_synchronisation(call: Callable[..., Any]) -> None:
     tensors = qkv()
     call(*tensors)  # loads the kernels
     torch.cuda.set_sync_debug_mode("error")
-    call(*tensors)
+    try:
+        call(*tensors)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            tensors[0].sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def waits(body: Callable[[], Any]) -> int:
@@ -101,6 +97,7 @@ def test_the_profiler_sees_no_synchronisation(call: Callable[..., Any]) -> None:
     tensors = qkv()
     call(*tensors)
     x = torch.zeros(4, device="cuda")
+    waits(lambda: x + 1)  # the first profile of a process sets the profiler up
     idle = waits(lambda: x + 1)  # what the profiler itself does
     assert waits(lambda: (x + 1).sum().item()) > idle, "a read back goes unnoticed"
     assert waits(lambda: call(*tensors)) == idle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.wrong_calls import OPS, RIGHT, Right, WrongCall, wrong_calls
+from helpers.wrong_calls import OPS, RIGHT, Right, WrongCall, gpu_allocations, wrong_calls
 from hypothesis import HealthCheck, Phase, given, settings
 
 import prism_cuda  # noqa: F401  registers the ops
@@ -41,8 +41,10 @@ def test_wrong_calls_are_refused_by_name(name: str, device: str) -> None:
     @given(wrong_calls(name, device))
     def call(wrong: WrongCall) -> None:
         nonlocal refused
+        before = gpu_allocations()
         with pytest.raises(RuntimeError, match=rf"^prism::{name}\b.*\b{wrong.argument}\b"):
             op(**wrong.arguments)
+        assert gpu_allocations() == before, "memory was allocated before the refusal"
         refused += 1
 
     call()

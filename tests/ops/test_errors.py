@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.params import needs_cuda
-from helpers.wrong_calls import band_is_right
+from helpers.wrong_calls import band_is_right, gpu_allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,16 +184,10 @@ for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "prefill"):
 
 def refuse(name: str, arguments: Arguments, pattern: str) -> None:
     """The call raises RuntimeError naming op and argument, and allocates no GPU memory."""
-
-    def allocations() -> int:
-        if not torch.cuda.is_available():
-            return 0
-        return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
-
-    before = allocations()
+    before = gpu_allocations()
     with pytest.raises(RuntimeError, match=rf"prism::{name}\b.*(?:{pattern})"):
         getattr(torch.ops.prism, name)(**arguments)
-    assert allocations() == before, "memory was allocated before the refusal"
+    assert gpu_allocations() == before, "memory was allocated before the refusal"
 
 
 @pytest.mark.parametrize(

@@ -397,8 +397,8 @@ OPS: dict[str, Op] = {
 
 
 def gpu_allocations() -> int:
-    """Blocks the CUDA allocator has handed out so far; 0 without a GPU."""
-    if not torch.cuda.is_available():
+    """Blocks the CUDA allocator has handed out so far; 0 where it has not been used."""
+    if not torch.cuda.is_initialized():
         return 0
     return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
 

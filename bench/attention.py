@@ -364,6 +364,7 @@ def selected(options: argparse.Namespace) -> list[Group]:
     return groups
 
 
+@torch.inference_mode()
 def main() -> int:
     options = parse()
     groups = selected(options)

@@ -5,11 +5,13 @@
 
 `estimate` is the whole chain from q and k to the mask, `pool` the same with top_p 1, where nothing
 is scored: pooling and writing the mask. `pool q`, `pool k` and `select` are the ops on their own;
-`select` starts from means. GB/s counts what a stage has to read: q and k, or the means. MB is the
-memory one call takes at its peak beyond its inputs, its results included. Ours are CUDA-graph
-replays that take inputs in turn, so that none are left in L2; the official estimator reads the
-sizes of its masks back and cannot be captured: eager calls, with K repeated for each query head
-(`repeat kv`) beforehand, as it needs it.
+`select` starts from means; `append 2K` and `append 8K` bring the means of K up to date with that
+many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator. GB/s counts what a stage has to read: q and
+k, the new tokens, or the means. MB is the memory one call takes at its peak beyond its inputs, its
+results included. Ours are CUDA-graph replays that take inputs in turn, so that none are left in L2
+(appended chunks are: they are small); the official estimator reads the sizes of its masks back and
+cannot be captured: eager calls, with K repeated for each query head (`repeat kv`) beforehand, as it
+needs it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from prism_cuda import reference  # registers the ops too
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]
-STAGES = ("estimate", "pool", "select", "pool q", "pool k")
+APPENDED = {"append 2K": 2048, "append 8K": 8192}  # tokens
+STAGES = ("estimate", "pool", "select", "pool q", "pool k", *APPENDED)
 REFERENCE_UP_TO = 131072
 OFFICIAL_UP_TO = 131072
 L2_MULTIPLE = 2
@@ -46,6 +49,7 @@ class Inputs:
     k: Tensor
     q_means: Tensor | None = None
     k_means: Tensor | None = None
+    sums: Tensor | None = None  # what pool_append_ keeps of an unfinished block
 
 
 Call = Callable[[Inputs], Any]
@@ -55,6 +59,11 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
     ops = torch.ops.prism
     bands = default_bands(head_dim)
     sizes = {"q_block_size": block, "k_block_size": block}
+
+    def append(tokens: int) -> Call:
+        start = max(length - tokens, 0)
+        return lambda x: ops.pool_append_(x.k[:, :, start:], x.k_means, x.sums, start, block)
+
     return {
         "estimate": lambda x: ops.estimate_blocks(x.q, x.k, *bands, top_p, **sizes),
         "pool": lambda x: ops.estimate_blocks(x.q, x.k, *bands, 1.0, **sizes),
@@ -63,6 +72,17 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
         ),
         "pool q": lambda x: ops.block_pool(x.q, block),
         "pool k": lambda x: ops.block_pool(x.k, block),
+        **{stage: append(tokens) for stage, tokens in APPENDED.items()},
+    }
+
+
+def grid_calls(block: int, top_p: float) -> dict[str, Call]:
+    """The grid estimator, whose query blocks are of 128 tokens."""
+    grid = torch.ops.prism.estimate_grid
+    rules = {"keep_above": (1 - top_p) / 10 or None, "q_block_size": 128, "k_block_size": block}
+    return {
+        "estimate": lambda x: grid(x.q, x.k, top_p, **rules),
+        "pool": lambda x: grid(x.q, x.k, 1.0, **rules),
     }
 
 
@@ -78,6 +98,8 @@ def reference_call(block: int, length: int, head_dim: int, top_p: float) -> Call
 
 
 def bytes_read(stage: str, x: Inputs) -> int:
+    if stage in APPENDED:
+        return x.k[:, :, -APPENDED[stage] :].nbytes
     tensors = {
         "select": (x.q_means, x.k_means),
         "pool q": (x.q,),
@@ -201,7 +223,9 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
 
-    def add(length: int, block: int, stage: str, impl: str, mode: str, row: dict[str, Any]) -> None:
+    def add(
+        length: int, block: int | str, stage: str, impl: str, mode: str, row: dict[str, Any]
+    ) -> None:
         rows.append({"L": length, "B": block, "stage": stage, "impl": impl, "mode": mode} | row)
         print_table([rows[-1]], COLUMNS)
 
@@ -218,6 +242,9 @@ def main() -> None:
             for x in inputs:
                 x.q_means = torch.ops.prism.block_pool(x.q, block)
                 x.k_means = torch.ops.prism.block_pool(x.k, block)
+                x.sums = torch.zeros(1, options.kv_heads, 1024, device="cuda").unflatten(
+                    2, (-1, options.head_dim)
+                )
             calls = stage_calls(block, length, options.head_dim, options.top_p)
             kept = {"kept_density": density(calls["estimate"], first), "top_p": options.top_p}
             for stage in options.stages:
@@ -225,6 +252,12 @@ def main() -> None:
                     calls[stage], inputs, "graph", bytes_read(stage, first), options.budget_ms
                 )
                 add(length, block, stage, "ours", "graph", row | kept)
+            for stage, call in grid_calls(block, options.top_p).items():
+                if stage in options.stages:
+                    row = time_call(
+                        call, inputs, "graph", bytes_read(stage, first), options.budget_ms
+                    )
+                    add(length, f"128x{block}", stage, "prism_grid", "graph", row)
             if not options.no_reference and length <= REFERENCE_UP_TO:
                 call = reference_call(block, length, options.head_dim, options.top_p)
                 row = time_call(call, inputs[:1], "eager", bytes_read("estimate", first), 20)

@@ -1,8 +1,7 @@
 """The attention kernels that the benchmarks compare, as functions of the same inputs.
 
 prism       torch.ops.prism.sparse_attention: the Hopper kernel on a Hopper GPU
-prism_sm80  its portable kernel. Blocks of 64 by 64 are what selects it there: a 128-row mask is
-            handed over as the same tokens in blocks of 64
+prism_sm80  the same op restricted to its portable kernel (PRISM_PORTABLE_ATTENTION=1)
 fa2, cudnn  torch's dense attention
 fa4         FlashAttention-4 on (batch, length, heads, head_dim) copies; block-sparse where the
             mask is not full: causal with the diagonal blocks as partial ones ("causal"), the
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import site
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from masks import QUERY_BLOCK, block_lists, halve_blocks, pack
+from masks import QUERY_BLOCK, block_lists, pack
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -78,14 +78,16 @@ def prism(sparsity: BlockSparsity) -> Call:
 
 
 def prism_sm80(sparsity: BlockSparsity) -> Call:
-    fine = halve_blocks(
-        sparsity.mask, sparsity.length, k_block=sparsity.k_block, causal=sparsity.causal
-    )
-    bits, counts = pack(fine)
-    causal = sparsity.causal
-    return lambda x: torch.ops.prism.sparse_attention(
-        x.q, x.k, x.v, bits, counts, None, causal, 64, 64
-    )[0]
+    call = prism(sparsity)
+
+    def portable(x: Inputs) -> Tensor:
+        os.environ["PRISM_PORTABLE_ATTENTION"] = "1"
+        try:
+            return call(x)
+        finally:
+            del os.environ["PRISM_PORTABLE_ATTENTION"]
+
+    return portable
 
 
 @cache

@@ -14,6 +14,7 @@ import torch
 
 import prism_cuda
 from prism_cuda import _ops
+from prism_cuda.config import ESTIMATORS
 
 DEMO_TOKENS = 16384
 
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--model", type=Path, help="Hugging Face model folder (examples/testbed)")
     demo.add_argument("--tokens", type=int, default=DEMO_TOKENS, help="tokens to prefill")
     demo.add_argument("--top-p", type=float, default=prism_cuda.PrismConfig.top_p)
+    demo.add_argument("--estimator", choices=ESTIMATORS, default=prism_cuda.PrismConfig.estimator)
     demo.add_argument("--layer", type=int, help="layer whose masks are drawn (the middle one)")
     demo.add_argument("--output", type=Path, default=Path("block_masks.png"))
     demo.set_defaults(run=_demo)
@@ -48,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 def _demo(args: argparse.Namespace) -> int:
     from prism_cuda import demo
 
-    config = prism_cuda.PrismConfig(top_p=args.top_p)
+    config = prism_cuda.PrismConfig(estimator=args.estimator, top_p=args.top_p)
     demo.run(args.model or demo.default_model(), args.tokens, config, args.layer, args.output)
     return 0
 

@@ -12,13 +12,22 @@ import torch
 from prism_cuda import bands as _bands
 from prism_cuda.bands import LAYOUTS, Bands, Layout
 
+ESTIMATORS = ("bands", "grid")
 BLOCK_SIZES = ((128, 128), (64, 64), (128, 64))
 
 # Used only where neither the caller nor a model says which frequencies the heads rotate with.
 DEFAULT_ROPE_THETA = 1e6
 
 # What PrismConfig.layers may change. The others decide which mask a whole model gets.
-LAYER_FIELDS = ("top_p", "keep_above", "bands", "keep_sink", "keep_recent", "dense_heads")
+LAYER_FIELDS = (
+    "estimator",
+    "top_p",
+    "keep_above",
+    "bands",
+    "keep_sink",
+    "keep_recent",
+    "dense_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,14 @@ class PrismConfig:
     Attributes:
         block_size: tokens per block, 128 or 64, or a (query, key) pair; (128, 64) is the one mixed
             pair.
-        top_p: probability mass each band keeps per query block, in [0, 1]. The one quality knob:
-            higher keeps more blocks; 1 keeps all. A sequence gives one value per query head.
-        keep_above: each band also keeps blocks of at least this probability, in (0, 1]. None keeps
-            no more than top_p does.
+        estimator: "bands" scores pooled blocks in two RoPE frequency bands (Prism). "grid" scores
+            means of 16 queries and 16 keys over the full width: sparser at equal perplexity, needs
+            no bands and works without RoPE, and takes longer; see docs/quality.md.
+        top_p: probability mass each band, or the grid, keeps per query block, in [0, 1]. The one
+            quality knob: higher keeps more blocks; 1 keeps all. A sequence gives one value per
+            query head.
+        keep_above: blocks of at least this probability are kept as well, in (0, 1]. None keeps no
+            more than top_p does by bands, and means (1 - top_p) / 10 on the grid.
         bands: "auto" splits the head by the RoPE frequencies; (high, low) sets the number of
             dimensions of each band; a :class:`~prism_cuda.bands.Bands` sets them one by one.
         rope_theta: RoPE base for bands="auto". None takes the model's, or 1e6 without a model.
@@ -45,14 +58,15 @@ class PrismConfig:
         dense_heads: query heads that keep every block, whatever top_p says.
         dense_layers: layers of a model that run dense: the first n of them, or a collection of
             layer indices. Like ``layers``, for models only: calls from Python have no layer.
-        layers: settings of single layers, {layer index: {field: value}}; fields are top_p,
-            keep_above, bands, keep_sink, keep_recent and dense_heads.
+        layers: settings of single layers, {layer index: {field: value}}; fields are
+            estimator, top_p, keep_above, bands, keep_sink, keep_recent and dense_heads.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
     """
 
     block_size: int | tuple[int, int] = 128
+    estimator: Literal["bands", "grid"] = "bands"
     top_p: float | Sequence[float] = 0.95
     keep_above: float | None = None
     bands: Literal["auto"] | tuple[int, int] | Bands = "auto"
@@ -69,6 +83,7 @@ class PrismConfig:
     def __post_init__(self) -> None:
         sizes = ", ".join(str(pair) for pair in BLOCK_SIZES)
         self._check("block_size", self.block_sizes in BLOCK_SIZES, f"64, 128 or one of {sizes}")
+        self._check("estimator", self.estimator in ESTIMATORS, f"one of {ESTIMATORS}")
         self._check("top_p", self._top_p_valid(), "a number in [0, 1], or one per query head")
         above_valid = self.keep_above is None or 0 < self.keep_above <= 1
         self._check("keep_above", above_valid, "None or a number above 0 and up to 1")
@@ -195,6 +210,13 @@ class PrismConfig:
                 )
             values[head] = 1.0
         return values[0] if len(set(values)) == 1 else tuple(values)
+
+    def threshold(self, top_p: float) -> float | None:
+        """keep_above, resolved for heads of this top_p: blocks of at least this probability are
+        kept; None for no such rule."""
+        if self.keep_above is None and self.estimator == "grid" and top_p < 1:
+            return (1 - top_p) / 10
+        return self.keep_above
 
     def resolve_bands(self, head_dim: int) -> Bands:
         """The bands for heads of ``head_dim`` dimensions.

@@ -21,6 +21,7 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Result = TypeVar("_Result")
+_Selection = tuple[torch.Tensor, torch.Tensor]  # bits, counts
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def prefill(
     config = config or PrismConfig()
     choice = choose(q, k, v, config)
     if choice.path == "prism":
-        bands = config.resolve_bands(q.shape[-1])
+        bands = _bands(q, config)
         out, lse, mask = run_sparse(q, k, v, bands, config, scale, causal, choice.reason)
     elif return_lse or return_mask:
         mask = _full_mask(q, k, config, causal)
@@ -132,33 +133,16 @@ def select_blocks(
     k: torch.Tensor,
     *,
     config: PrismConfig | None = None,
+    scale: float | None = None,
     causal: bool = True,
 ) -> BlockMask:
     """Estimate which key blocks every query block needs; never falls back to dense.
 
-    Args and errors as in :func:`prefill`.
+    Args and errors as in :func:`prefill`. Only the grid estimator uses ``scale``.
     """
     config = config or PrismConfig()
     _ops.load()
-    bands = config.resolve_bands(q.shape[-1])
-    top_p = config.top_p_of_heads(q.shape[1])
-    if isinstance(top_p, tuple):
-        means = _pool(q, k, config)
-        return _select(*means, q.shape[2], k.shape[2], bands, config, causal)
-    high, low = bands.ranges
-    bits, counts = torch.ops.prism.estimate_blocks(
-        q,
-        k,
-        high,
-        low,
-        top_p,
-        config.keep_sink,
-        config.keep_recent,
-        config.keep_above,
-        causal,
-        *config.block_sizes,
-    )
-    return BlockMask(bits, counts, q.shape[2], k.shape[2], *config.block_sizes, causal)
+    return _estimate(q, k, _bands(q, config), config, scale, causal)
 
 
 def sparse_attention(
@@ -169,6 +153,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     causal: bool | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of ``mask`` only.
@@ -177,6 +162,8 @@ def sparse_attention(
         q, k, v, scale, return_lse: as in :func:`prefill`.
         mask: made for q's and k's lengths, on their device.
         causal: the mask's own setting if None.
+        sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
+            (attention sinks); lse includes it.
 
     Returns:
         out like q, or (out, lse).
@@ -193,7 +180,8 @@ def sparse_attention(
             f"expected {lengths}, the lengths of q and k"
         )
     _ops.load()
-    out, lse = torch.ops.prism.sparse_attention(
+    out, lse = _ops.call(
+        torch.ops.prism.sparse_attention,
         q,
         k,
         v,
@@ -203,6 +191,7 @@ def sparse_attention(
         mask.causal if causal is None else causal,
         mask.q_block_size,
         mask.k_block_size,
+        sinks,
     )
     return (out, lse) if return_lse else out
 
@@ -211,42 +200,47 @@ def run_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bands: Bands,
+    bands: Bands | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
     reason: str,
     layer_idx: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
-    """Block-sparse attention with given bands, recorded: (out, lse, mask)."""
+    """Block-sparse attention, recorded: (out, lse, mask). bands is None for the grid estimator."""
     _ops.load()
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
     top_p = config.top_p_of_heads(q.shape[1])
     if recorder is not None and recorder.times:
-        means, times["pool"] = _timed(lambda: _pool(q, k, config), q.device)
-        mask, times["select"] = _timed(
-            lambda: _select(*means, q_len, k_len, bands, config, causal), q.device
+        if bands is None:
+            mask, times["select"] = timed(
+                lambda: _estimate(q, k, bands, config, scale, causal), q.device
+            )
+        else:
+            means, times["pool"] = timed(lambda: _pool(q, k, config), q.device)
+            mask, times["select"] = timed(
+                lambda: select_from_means(*means, q_len, k_len, bands, config, causal), q.device
+            )
+        (out, lse), times["attend"] = timed(
+            lambda: sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True),
+            q.device,
         )
-        (out, lse), times["attend"] = _timed(
-            lambda: sparse_attention(q, k, v, mask, scale=scale, return_lse=True), q.device
-        )
-    elif isinstance(top_p, tuple):
-        mask = _select(*_pool(q, k, config), q_len, k_len, bands, config, causal)
-        out, lse = sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
+    elif bands is None or sinks is not None or isinstance(top_p, tuple):
+        mask = _estimate(q, k, bands, config, scale, causal)
+        out, lse = sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True)
     else:
         high, low = bands.ranges
-        out, lse, bits, counts = torch.ops.prism.prefill(
+        out, lse, bits, counts = _ops.call(
+            torch.ops.prism.prefill,
             q,
             k,
             v,
             high,
             low,
-            top_p,
-            config.keep_sink,
-            config.keep_recent,
-            config.keep_above,
+            *_rules(config, top_p),
             scale,
             causal,
             *config.block_sizes,
@@ -275,7 +269,7 @@ def run_dense(
     """Dense attention by torch, bottom-right causal, recorded. K and V are never repeated."""
     recorder = recording.active()
     if recorder is not None and recorder.times:
-        out, seconds = _timed(lambda: _sdpa(q, k, v, scale, causal, dropout), q.device)
+        out, seconds = timed(lambda: _sdpa(q, k, v, scale, causal, dropout), q.device)
         note_dense(reason, q, k, layer_idx, {"attend": seconds})
     else:
         out = _sdpa(q, k, v, scale, causal, dropout)
@@ -357,6 +351,36 @@ def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bo
     )
 
 
+def _bands(q: torch.Tensor, config: PrismConfig) -> Bands | None:
+    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
+
+
+def _estimate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bands: Bands | None,
+    config: PrismConfig,
+    scale: float | None,
+    causal: bool,
+) -> BlockMask:
+    """The block mask by bands, or by the grid where there are none."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    sizes = config.block_sizes
+    if bands is not None and isinstance(config.top_p_of_heads(q.shape[1]), tuple):
+        # The means are the same for every top_p.
+        return select_from_means(*_pool(q, k, config), q_len, k_len, bands, config, causal)
+
+    def estimate(q: torch.Tensor, k: torch.Tensor, top_p: float) -> _Selection:
+        rules = _rules(config, top_p)
+        if bands is None:
+            return torch.ops.prism.estimate_grid(q, k, *rules, scale, causal, *sizes)
+        high, low = bands.ranges
+        return torch.ops.prism.estimate_blocks(q, k, high, low, *rules, causal, *sizes)
+
+    bits, counts = _each_top_p(estimate, q, k, config)
+    return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
+
+
 def _pool(
     q: torch.Tensor, k: torch.Tensor, config: PrismConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,7 +391,7 @@ def _pool(
     )
 
 
-def _select(
+def select_from_means(
     q_means: torch.Tensor,
     k_means: torch.Tensor,
     q_len: int,
@@ -376,54 +400,59 @@ def _select(
     config: PrismConfig,
     causal: bool,
 ) -> BlockMask:
-    def select(q_means: torch.Tensor, k_means: torch.Tensor, top_p: float) -> list[torch.Tensor]:
+    high, low = bands.ranges
+
+    def select(q_means: torch.Tensor, k_means: torch.Tensor, top_p: float) -> _Selection:
         return torch.ops.prism.select_blocks(
             q_means,
             k_means,
             q_len,
             k_len,
-            *bands.ranges,
-            top_p,
-            config.keep_sink,
-            config.keep_recent,
-            config.keep_above,
+            high,
+            low,
+            *_rules(config, top_p),
             causal,
             *config.block_sizes,
         )
 
-    top_p = config.top_p_of_heads(q_means.shape[1])
-    if isinstance(top_p, tuple):
-        bits, counts = _select_per_head(select, q_means, k_means, top_p)
-    else:
-        bits, counts = select(q_means, k_means, top_p)
+    bits, counts = _each_top_p(select, q_means, k_means, config)
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
 
 
-def _select_per_head(
-    select: Callable[[torch.Tensor, torch.Tensor, float], list[torch.Tensor]],
-    q_means: torch.Tensor,
-    k_means: torch.Tensor,
-    top_p: tuple[float, ...],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bits and counts of heads with a top_p each: one selection for every distinct value.
+def _rules(config: PrismConfig, top_p: float) -> tuple[float, int, int, float | None]:
+    """What the ops take to keep of the probabilities of heads with this top_p."""
+    return top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
 
-    Heads are gathered by slices: an index tensor would have to be copied to the device.
+
+def _each_top_p(
+    select: Callable[[torch.Tensor, torch.Tensor, float], _Selection],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PrismConfig,
+) -> _Selection:
+    """Bits and counts by one ``select(q, k, top_p)`` for every distinct top_p among q's heads.
+
+    Args:
+        q, k: (B, Hq, ...) and (B, Hkv, ...), what select takes of q and k.
     """
-    kv_heads = int(k_means.shape[1])
-    group = len(top_p) // kv_heads
-    if len(top_p) % kv_heads:
+    top_p = config.top_p_of_heads(q.shape[1])
+    if isinstance(top_p, float):
+        return select(q, k, top_p)
+    kv_heads = int(k.shape[1])
+    if kv_heads == 0 or len(top_p) % kv_heads:
         raise ValueError(
             f"q has {len(top_p)} heads and k has {kv_heads}; expected a multiple of k's"
         )
+    group = len(top_p) // kv_heads
     bits: dict[int, torch.Tensor] = {}
     counts: dict[int, torch.Tensor] = {}
     for value in sorted(set(top_p)):
         heads = [head for head, head_value in enumerate(top_p) if head_value == value]
-        selected = select(
-            torch.stack([q_means[:, head] for head in heads], 1),
-            torch.stack([k_means[:, head // group] for head in heads], 1),
-            value,
-        )
+        # Whole groups share their key heads, as in any call; others get a key head each.
+        groups = [heads[i] // group for i in range(0, len(heads), group)]
+        whole = heads == [head for kv in groups for head in range(kv * group, (kv + 1) * group)]
+        kv = groups if whole else [head // group for head in heads]
+        selected = select(_take(q, heads), _take(k, kv), value)
         for i, head in enumerate(heads):
             bits[head], counts[head] = selected[0][:, i], selected[1][:, i]
     heads_in_order = range(len(top_p))
@@ -433,7 +462,18 @@ def _select_per_head(
     )
 
 
-def _timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:
+def _take(x: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    """x[:, heads], a view where they follow one another.
+
+    By slices: an index tensor would have to be copied to the device.
+    """
+    first, end = heads[0], heads[-1] + 1
+    if heads == list(range(first, end)):
+        return x[:, first:end]
+    return torch.stack([x[:, head] for head in heads], 1)
+
+
+def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:
     """Run one stage alone; its result and the seconds it took on its device."""
     if device.type != "cuda":
         start = time.perf_counter()

@@ -23,8 +23,8 @@ class CallRecord:
         q_len, k_len: tokens, padding excluded.
         density: kept blocks over visible blocks; 1 for dense calls.
         mask: the block mask if masks were asked for and the path is "prism".
-        times: seconds per stage ("pool", "select", "attend") if times were asked for; a dense call
-            has "attend" only.
+        times: seconds per stage ("pool", "select", "attend") if times were asked for; the grid
+            estimator pools within "select", and a dense call has "attend" only.
     """
 
     layer_idx: int | None

@@ -17,6 +17,7 @@ import torch
 from prism_cuda import _bits
 
 RMS_EPS = 1e-6
+CELL_TOKENS = 16  # of a cell of the grid, on both sides
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,6 +38,43 @@ def block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
     if blocks:
         sizes[-1] = length - (blocks - 1) * block_size
     return sums / sizes
+
+
+def pool_append_(
+    x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
+) -> None:
+    """Continue the block means of a growing sequence, in place, reading its new tokens only.
+
+    However the sequence was cut, the means are the same, bit by bit.
+
+    Args:
+        x: (B, H, L, D), the tokens from position ``start`` on, which may lie within a block.
+        means: float32 (B, H, N, D); blocks 0 to ceil((start + L) / block_size) - 1 are means
+            afterwards, the last of them of its tokens so far.
+        sums: float32 (B, H, R, D): of the unfinished block, sum r of its tokens r, r + R, ... What
+            it holds where ``start`` is a multiple of block_size does not matter.
+    """
+    length, residues = x.shape[2], sums.shape[2]
+    if x.numel() == 0:
+        return
+    first, last = start // block_size, (start + length - 1) // block_size
+    before = start - first * block_size
+    after = (last + 1) * block_size - (start + length)
+    steps = (last + 1 - first, block_size // residues, residues)
+    padded = torch.nn.functional.pad(x.float(), (0, 0, before, after)).unflatten(2, steps)
+    partial = padded.new_zeros((*x.shape[:2], steps[0], residues, x.shape[3]))
+    if before:
+        partial[:, :, 0] = sums
+    for rows in padded.unbind(3):
+        partial += rows
+    total = torch.zeros_like(partial[:, :, :, 0])
+    for part in partial.unbind(3):
+        total += part
+    sizes = torch.full((steps[0], 1), block_size, dtype=total.dtype, device=x.device)
+    sizes[-1] = block_size - after
+    means[:, :, first : last + 1] = total / sizes
+    if after:
+        sums.copy_(partial[:, :, -1])
 
 
 def band_index(band: Sequence[int], device: torch.device) -> torch.Tensor:
@@ -126,12 +164,21 @@ def recent_blocks(
 def probable_blocks(
     logits: torch.Tensor, visible: torch.Tensor, top_p: float, keep_above: float | None = None
 ) -> torch.Tensor:
+    """:func:`top_p_blocks` of the softmax of logits (..., Nq, Nk) over the visible blocks."""
+    return top_p_blocks(
+        logits.masked_fill(~visible, -math.inf).softmax(-1), visible, top_p, keep_above
+    )
+
+
+def top_p_blocks(
+    probs: torch.Tensor, visible: torch.Tensor, top_p: float, keep_above: float | None = None
+) -> torch.Tensor:
     """Keep the most probable visible blocks of each row until their probabilities sum to top_p.
 
     Blocks of a probability of at least keep_above are kept as well.
 
     Args:
-        logits: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
+        probs: (..., Nq, Nk). visible: bool (Nq, Nk). top_p: in [0, 1]; at 1 all visible are kept.
         keep_above: in (0, 1], or None for no such rule.
 
     Returns:
@@ -139,8 +186,7 @@ def probable_blocks(
         visible block, since nothing is known about it.
     """
     if top_p >= 1:
-        return visible.expand(logits.shape).clone()
-    probs = logits.masked_fill(~visible, -math.inf).softmax(-1)
+        return visible.expand(probs.shape).clone()
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.double()
     sum_before = ordered.cumsum(-1) - ordered
@@ -189,6 +235,83 @@ def select_blocks(
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
 
 
+def grid_masses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    causal: bool,
+    q_block_size: int,
+    k_block_size: int,
+) -> torch.Tensor:
+    """Share of every query block's attention that each key block holds, estimated on a grid.
+
+    A cell of the grid is 16 queries by 16 keys. Its logit is that of the mean query and the mean
+    key, plus half the variance of the mean query's scores within the cell (the covariance of the
+    keys taken as diagonal), which averaging keys removes from the logarithm of the cell's mass. A
+    softmax over the visible cells of each 16 queries, summed to key blocks and averaged over the
+    query block, is the block's mass.
+
+    Args:
+        q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax.
+
+    Returns:
+        (B, Hq, Nq, Nk), rows summing to 1; 0 where nothing is visible, NaN where undefined.
+    """
+    kv_heads, q_len, k_len = k.shape[1], q.shape[2], k.shape[2]
+    q_means, k_means = block_pool(q, CELL_TOKENS), block_pool(k, CELL_TOKENS)
+    # Around the mean: less of it cancels than in the mean square minus the squared mean.
+    own_mean = k_means.repeat_interleave(CELL_TOKENS, 2)[:, :, :k_len]
+    variance = block_pool((k.to(k_means.dtype) - own_mean).square(), CELL_TOKENS)
+    q_vectors = torch.cat([q_means, (scale / 2) * q_means.square()], -1)
+    k_vectors = torch.cat([k_means, variance], -1)
+    grouped = q_vectors.unflatten(1, (kv_heads, q.shape[1] // kv_heads)) * scale
+    logits = (grouped @ k_vectors.unsqueeze(2).mT).flatten(1, 2)
+    visible = visible_blocks(q_len, k_len, causal, CELL_TOKENS, CELL_TOKENS, q.device)
+    seeing = visible.any(-1, keepdim=True)
+    probs = logits.masked_fill(~visible, -math.inf).softmax(-1).masked_fill(~seeing, 0)
+    q_blocks, k_blocks = -(-q_len // q_block_size), -(-k_len // k_block_size)
+    q_cells, k_cells = q_block_size // CELL_TOKENS, k_block_size // CELL_TOKENS
+    pad_q = q_blocks * q_cells - probs.shape[2]
+    pad_k = k_blocks * k_cells - probs.shape[3]
+    probs = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q)).unflatten(3, (k_blocks, k_cells))
+    rows = torch.nn.functional.pad(seeing.to(probs.dtype), (0, 0, 0, pad_q))
+    masses = probs.sum(-1).unflatten(2, (q_blocks, q_cells)).sum(3)
+    return masses / rows.unflatten(0, (q_blocks, q_cells)).sum(1).clamp_min(1)
+
+
+def estimate_grid(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose the key blocks of every query block by their masses on a grid of cells.
+
+    Args:
+        q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax, D ** -0.5 if None.
+        top_p, keep_above: keep the blocks of most mass until they hold top_p of it, and all of at
+            least keep_above, see :func:`top_p_blocks`.
+
+    Returns:
+        bits int32 (B, Hq, Nq, ceil(Nk / 32)) and counts int32 (B, Hq, Nq).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_len, k_len = q.shape[2], k.shape[2]
+    sizes = (q_block_size, k_block_size)
+    visible = visible_blocks(q_len, k_len, causal, *sizes, q.device)
+    forced = recent_blocks(q_len, k_len, keep_recent, *sizes, q.device)
+    forced[:, :keep_sink] = True
+    masses = grid_masses(q, k, scale, causal, *sizes)
+    kept = top_p_blocks(masses, visible, top_p, keep_above) | (forced & visible)
+    return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
+
+
 def sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -199,6 +322,7 @@ def sparse_attention(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the kept (query block, key block) pairs, causal token by token.
 
@@ -207,10 +331,11 @@ def sparse_attention(
         bits, counts: a block mask as :func:`select_blocks` returns it. Rows whose count is 0 are
             skipped.
         scale: softmax scale, D ** -0.5 if None.
+        sinks: (Hq,) logits that join the softmax denominators of their heads, without a value.
 
     Returns:
-        out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator.
-        A row that sees nothing gets out 0 and lse -inf.
+        out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator, sink
+        included. A row that sees nothing gets out 0, and as lse its sink or -inf.
     """
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
@@ -229,21 +354,24 @@ def sparse_attention(
             row_counts = counts[b, h].tolist()
             for i, start in enumerate(range(0, q_len, q_block_size)):
                 rows = slice(start, min(start + q_block_size, q_len))
-                if row_counts[i] == 0:
-                    out[b, h, rows] = 0
-                    lse[b, h, rows] = -math.inf
-                    continue
                 kept_tokens = kept[b, h, i].repeat_interleave(k_block_size)[:k_len]
                 columns = token[kept_tokens]
+                if row_counts[i] == 0 or not len(columns):
+                    out[b, h, rows] = 0
+                    lse[b, h, rows] = -math.inf if sinks is None else sinks[h]
+                    continue
                 first = start + k_len - q_len
-                block_out, lse[b, h, rows] = _attend(
+                block_out, block_lse = _attend(
                     q[b, h, rows].to(dtype) * scale,
                     k_head.index_select(0, columns),
                     v_head.index_select(0, columns),
                     columns,
                     first if causal else None,
                 )
+                if sinks is not None:
+                    block_out, block_lse = _add_sink(block_out, block_lse, sinks[h].to(dtype))
                 out[b, h, rows] = block_out.to(q.dtype)
+                lse[b, h, rows] = block_lse
     return out, lse
 
 
@@ -271,3 +399,78 @@ def _attend(
     total = weights.sum(-1, keepdim=True)
     out = torch.where(total == 0, 0, (weights @ v) / total)
     return out, (total.log() + shift).squeeze(-1)
+
+
+def _add_sink(
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention (M, D), (M,) with one more logit in the denominator, which has no value."""
+    total = torch.logaddexp(lse, sink)
+    share = torch.where(lse == -math.inf, 0, (lse - total).exp())
+    return out * share[:, None], total
+
+
+def sparse_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bits: torch.Tensor,
+    counts: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attention` of every sequence of a ragged batch by itself.
+
+    Args:
+        q: (total_q, Hq, D); sequence b has the rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        k, v: (total_k, Hkv, D) and cu_seqlens_k; or pools (pages, page_size, Hkv, D), where
+            block_table (B, any) names the pages of each sequence in order.
+        seqused_k: (B,) keys of each sequence that count; with pages its length.
+        bits, counts: (B, Hq, Nq, words), (B, Hq, Nq) for max_seqlen_q and max_seqlen_k. Blocks are
+            counted from the first token of each sequence.
+
+    Returns:
+        out like q, and lse (Hq, total_q). Rows of no sequence are 0 and -inf.
+    """
+    total_q, q_heads, _ = q.shape
+    out = torch.zeros_like(q)
+    lse = torch.full(
+        (q_heads, total_q), -math.inf, dtype=_accumulate_dtype(q.dtype), device=q.device
+    )
+    q_ends = cu_seqlens_q.tolist()
+    k_ends = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    used = None if seqused_k is None else seqused_k.tolist()
+    for b, (start, end) in enumerate(zip(q_ends, q_ends[1:], strict=False)):
+        rows = slice(start, end)
+        if block_table is not None and used is not None:
+            pages = block_table[b, : -(-used[b] // k.shape[1])].long()
+            keys, values = (x[pages].flatten(0, 1)[: used[b]] for x in (k, v))
+        elif k_ends is not None:
+            k_end = k_ends[b + 1] if used is None else min(k_ends[b + 1], k_ends[b] + used[b])
+            keys, values = (x[k_ends[b] : k_end] for x in (k, v))
+        q_blocks = -(-(end - start) // q_block_size)
+        words = -(-len(keys) // (k_block_size * _bits.WORD_BITS))
+        of_sequence, of_sequence_lse = sparse_attention(
+            q[rows].transpose(0, 1)[None],
+            keys.transpose(0, 1)[None],
+            values.transpose(0, 1)[None],
+            bits[b : b + 1, :, :q_blocks, :words],
+            counts[b : b + 1, :, :q_blocks],
+            scale,
+            causal,
+            q_block_size,
+            k_block_size,
+            sinks,
+        )
+        out[rows] = of_sequence[0].transpose(0, 1)
+        lse[:, rows] = of_sequence_lse[0]
+    return out, lse

@@ -59,11 +59,12 @@ def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
         _ops.load()
 
 
-def test_demo(tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+def test_demo(tiny_model, tmp_path, capsys, estimator):
     pytest.importorskip("matplotlib")
     image = tmp_path / "block_masks.png"
     arguments = ["--model", str(tiny_model), "--tokens", "4500", "--output", str(image)]
-    assert cli.main(["demo", *arguments, "--layer", "1"]) == 0
+    assert cli.main(["demo", *arguments, "--layer", "1", "--estimator", estimator]) == 0
     out = capsys.readouterr().out
     assert image.stat().st_size > 1000
     perplexities = re.findall(r"^  (?:dense|prism)\b\D*([\d.]+)", out, re.MULTILINE)

@@ -15,6 +15,7 @@ from prism_cuda.config import PrismConfig
     ("field", "value"),
     [
         ("block_size", 32),
+        ("estimator", "fine"),
         ("block_size", (64, 128)),
         ("top_p", 1.5),
         ("top_p", -0.1),
@@ -64,8 +65,12 @@ def test_errors_name_field_value_and_allowed(field, value):
     [
         ({"top_p": 2.0}, r"layers\[3\] is wrong: PrismConfig: top_p is 2.0; expected"),
         ({"dense_heads": 1}, r"layers\[3\] is wrong: PrismConfig: dense_heads is 1; expected"),
-        ({"block_size": 64}, r"layers\[3\] sets 'block_size'; expected \('top_p'"),
-        ({"topp": 0.5}, r"layers\[3\] sets 'topp'; expected \('top_p'"),
+        ({"block_size": 64}, r"layers\[3\] sets 'block_size'; expected \('estimator', 'top_p'"),
+        (
+            {"estimator": "fine"},
+            r"layers\[3\] is wrong: PrismConfig: estimator is 'fine'; expected",
+        ),
+        ({"topp": 0.5}, r"layers\[3\] sets 'topp'; expected \('estimator', 'top_p'"),
     ],
 )
 def test_wrong_settings_of_a_layer_name_it(fields, message):
@@ -78,13 +83,18 @@ def test_settings_of_layers():
         top_p=0.9,
         block_size=64,
         dense_layers=2,
-        layers={3: {"top_p": [0.5, 0.7], "bands": (16, 32)}, 5: {"keep_sink": 4}},
+        layers={
+            3: {"top_p": [0.5, 0.7], "bands": (16, 32)},
+            5: {"keep_sink": 4, "estimator": "grid"},
+        },
     )
     assert [config.is_dense_layer(layer) for layer in (None, 0, 1, 2)] == [False, True, True, False]
     assert config.for_layer(None) is config and config.for_layer(4) is config
     third = config.for_layer(3)
     assert (third.top_p, third.bands, third.block_size) == ((0.5, 0.7), (16, 32), 64)
     assert (config.for_layer(5).top_p, config.for_layer(5).keep_sink) == (0.9, 4)
+    assert config.for_layer(5).threshold(0.9) == pytest.approx(0.01)
+    assert third.threshold(0.5) is None
     # What a layer does not set follows the config it is in.
     assert dataclasses.replace(config, top_p=0.8).for_layer(5).top_p == 0.8
     assert hash(config) == hash(dataclasses.replace(config))
@@ -141,3 +151,11 @@ def test_mixed_blocks_split_by_the_larger_one():
 def test_bands_that_do_not_fit_the_head():
     with pytest.raises(ValueError, match="low is 96"):
         PrismConfig(bands=(64, 96)).resolve_bands(64)
+
+
+def test_threshold_of_the_grid_follows_top_p():
+    assert PrismConfig().threshold(0.9) is None
+    assert PrismConfig(keep_above=0.2).threshold(0.9) == 0.2
+    grid = PrismConfig(top_p=(0.9, 1.0), estimator="grid")
+    assert [grid.threshold(top_p) for top_p in grid.top_p] == [pytest.approx(0.01), None]
+    assert PrismConfig(keep_above=0.2, estimator="grid").threshold(0.9) == 0.2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,14 +13,27 @@ from prism_cuda import BlockMask, PrismConfig
 pytestmark = pytest.mark.usefixtures("needs_library")
 
 SPARSE = PrismConfig(block_size=64, top_p=0.5, dense_below=0)
+# Of 64 dimensions, as the heads of these tests: a grid must not ask for bands that do not fit.
+GRID = PrismConfig(
+    block_size=64, top_p=0.3, dense_below=0, estimator="grid", keep_above=0.3, bands=(64, 96)
+)
 EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
 DENSE = PrismConfig(block_size=64, dense_below=1 << 40)
 
 
-def qkv(q_len=300, k_len=300, head_dim=64, dtype=torch.float32):
-    q = torch.randn(2, 4, q_len, head_dim, dtype=dtype)
-    k = torch.randn(2, 2, k_len, head_dim, dtype=dtype)
+def qkv(q_len=300, k_len=300, head_dim=64, dtype=torch.float32, heads=4):
+    q = torch.randn(2, heads, q_len, head_dim, dtype=dtype)
+    k = torch.randn(2, heads // 2, k_len, head_dim, dtype=dtype)
     return q, k, torch.randn_like(k)
+
+
+def structured_qkv(heads, length=900):
+    """Blocks that differ: on noise alone the grid's threshold keeps nearly all of them."""
+    q, k, v = qkv(length, length, heads=heads)
+    q, k = (
+        x + torch.randn_like(x[:, :, ::64]).repeat_interleave(64, 2)[:, :, :length] for x in (q, k)
+    )
+    return q, k, v
 
 
 def dense(q, k, v, scale=None, causal=True):
@@ -52,10 +67,11 @@ def test_both_paths_equal_dense_attention(config, causal, lengths):
     assert mask.density() == 1.0 and mask.causal == causal
 
 
-def test_prefill_is_select_then_attend():
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_prefill_is_select_then_attend(config):
     q, k, v = qkv()
-    out, mask = prism_cuda.prefill(q, k, v, config=SPARSE, return_mask=True)
-    selected = prism_cuda.select_blocks(q, k, config=SPARSE)
+    out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    selected = prism_cuda.select_blocks(q, k, config=config)
     assert torch.equal(mask.bits, selected.bits)
     assert mask.density() < 1
     attended, lse = prism_cuda.sparse_attention(q, k, v, selected, return_lse=True)
@@ -66,26 +82,52 @@ def test_prefill_is_select_then_attend():
 PER_HEAD = (0.3, 0.6, 1.0, 0.3)
 
 
-def test_top_p_per_head_is_each_head_on_its_own():
-    q, k, v = qkv(900, 900)
-    config = PrismConfig(block_size=64, top_p=PER_HEAD, dense_below=0)
+PER_GROUP = (0.3, 0.3, 0.6, 0.6, 0.3, 0.3)
+
+
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+@pytest.mark.parametrize("top_p_of_heads", [PER_HEAD, PER_GROUP], ids=["heads", "groups"])
+def test_top_p_per_head_is_each_head_on_its_own(top_p_of_heads, estimator):
+    q, k, v = structured_qkv(heads=len(top_p_of_heads))
+    config = PrismConfig(block_size=64, top_p=top_p_of_heads, dense_below=0, estimator=estimator)
     out, lse, mask = prism_cuda.prefill(q, k, v, config=config, return_lse=True, return_mask=True)
     assert torch.equal(prism_cuda.select_blocks(q, k, config=config).bits, mask.bits)
     with prism_cuda.record(times=True):
         assert torch.equal(prism_cuda.prefill(q, k, v, config=config), out)
-    density = mask.density_per_head()[0].tolist()
-    assert max(density[0], density[3]) < density[1] < density[2] == 1
-    for head, top_p in enumerate(PER_HEAD):
-        one = PrismConfig(block_size=64, top_p=top_p, dense_below=0)
+    density = mask.density_per_head()[0]
+    for more, less in ((0.6, 0.3), (1.0, 0.6)):
+        denser, sparser = (
+            [density[i] for i, p in enumerate(top_p_of_heads) if p == value]
+            for value in (more, less)
+        )
+        assert min(denser, default=2) > max(sparser)
+    for head, top_p in enumerate(top_p_of_heads):
+        one = PrismConfig(block_size=64, top_p=top_p, dense_below=0, estimator=estimator)
         every_head_out, every_head = prism_cuda.prefill(q, k, v, config=one, return_mask=True)
         assert torch.equal(mask.bits[:, head], every_head.bits[:, head])
         assert torch.equal(mask.counts[:, head], every_head.counts[:, head])
         assert torch.equal(out[:, head], every_head_out[:, head])
 
 
-def test_dense_heads_keep_every_block():
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+@pytest.mark.parametrize("top_p_of_heads", [PER_HEAD, PER_GROUP], ids=["heads", "groups"])
+def test_top_p_per_head_on_cuda(top_p_of_heads, estimator):
+    """But for blocks whose sums are rounded to the other side of top_p."""
+    q, k, _ = (x.bfloat16().cuda() for x in structured_qkv(heads=len(top_p_of_heads)))
+    config = PrismConfig(block_size=64, top_p=top_p_of_heads, estimator=estimator)
+    kept = prism_cuda.select_blocks(q, k, config=config).to_dense()
+    for head, top_p in enumerate(top_p_of_heads):
+        one = dataclasses.replace(config, top_p=top_p)
+        expected = prism_cuda.select_blocks(q, k, config=one).to_dense()
+        assert (kept[:, head] != expected[:, head]).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_dense_heads_keep_every_block(config):
     q, k, v = qkv()
-    config = PrismConfig(block_size=64, top_p=0.3, dense_heads=(1,), dense_below=0)
+    config = dataclasses.replace(config, top_p=0.3, dense_heads=(1,))
     out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
     density = mask.density_per_head()[0]
     assert density[1] == 1 and (density[[0, 2, 3]] < 1).all()
@@ -106,6 +148,27 @@ def test_top_p_per_head_needs_whole_groups():
     config = PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0)
     with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
         prism_cuda.select_blocks(q[:, :3], k, config=config)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_grid_passes_its_settings_to_the_op(causal):
+    q, k, v = qkv(300, 500)
+    config = PrismConfig(block_size=(128, 64), top_p=0.5, dense_below=0, estimator="grid",
+                         keep_sink=2, keep_recent=3)  # fmt: skip
+    with prism_cuda.record(masks=True, times=True) as recording:
+        out, mask = prism_cuda.prefill(
+            q, k, v, config=config, scale=0.3, causal=causal, return_mask=True
+        )
+    bits, counts = torch.ops.prism.estimate_grid(q, k, 0.5, 2, 3, 0.05, 0.3, causal, 128, 64)
+    assert torch.equal(mask.bits, bits) and torch.equal(mask.counts, counts)
+    (call,) = recording.calls
+    assert set(call.times) == {"select", "attend"}
+    assert torch.equal(out, prism_cuda.prefill(q, k, v, config=config, scale=0.3, causal=causal))
+    assert torch.equal(
+        prism_cuda.select_blocks(q, k, config=config, scale=0.3, causal=causal).bits, bits
+    )
+    expected = prism_cuda.sparse_attention(q, k, v, mask, scale=0.3)
+    assert torch.equal(out, expected)
 
 
 def test_recorded_stages_give_the_same_result():
@@ -198,9 +261,12 @@ def test_cuda_equals_cpu():
 
 
 @pytest.mark.parametrize("top_p", [0.5, PER_HEAD], ids=["one", "per_head"])
-def test_compiles_without_graph_breaks(top_p):
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+def test_compiles_without_graph_breaks(estimator, top_p):
     q, k, v = qkv(200, 200)
-    config = PrismConfig(block_size=64, top_p=top_p, dense_heads=(2,), dense_below=0)
+    config = PrismConfig(
+        block_size=64, top_p=top_p, dense_heads=(2,), dense_below=0, estimator=estimator
+    )
     compiled = torch.compile(
         lambda q, k, v: prism_cuda.prefill(q, k, v, config=config),
         fullgraph=True,

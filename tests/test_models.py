@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ PROMPT = 200
 def _registered() -> None:
     prism_cuda.register(EXACT)
     prism_cuda.register(PrismConfig(block_size=64, top_p=0.3, dense_below=0), "prism-sparse")
+    prism_cuda.register(dataclasses.replace(EXACT, estimator="grid"), "prism-grid")
 
 
 def prompt(batch: int) -> torch.Tensor:
@@ -130,7 +132,9 @@ def test_eager_layers_in_chunks_of_queries(name: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(model(ids).logits, expected, atol=3e-5, rtol=1e-4)
 
 
-def test_sinks_take_their_share_in_the_sparse_path() -> None:
+@pytest.mark.parametrize("implementation", ["prism", "prism-grid"])
+@pytest.mark.parametrize("timed", [False, True], ids=["untimed", "timed"])
+def test_sinks_take_their_share_in_the_sparse_path(implementation: str, timed: bool) -> None:
     """Sinks so large that leaving them out would show in every logit."""
     model = MODELS["gpt-oss"].build()
     for layer in attention_layers(model):
@@ -138,8 +142,10 @@ def test_sinks_take_their_share_in_the_sparse_path() -> None:
     ids = prompt(1)
     with torch.no_grad():
         expected = model(ids).logits
-        model.set_attn_implementation("prism")
-        actual = model(ids).logits
+        model.set_attn_implementation(implementation)
+        with prism_cuda.record(times=timed) as recording:
+            actual = model(ids).logits
+        assert any(call.path == "prism" for call in recording.calls)
         for layer in attention_layers(model):
             torch.nn.init.constant_(layer.sinks, -100.0)
         without = model(ids).logits

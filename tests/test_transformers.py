@@ -10,6 +10,7 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from transformers import (  # noqa: E402
     CohereConfig,
     GlmConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -126,16 +127,21 @@ def test_layers_and_heads_have_their_own_settings():
         top_p=0.4,
         dense_below=0,
         dense_layers=1,
-        layers={2: {"top_p": 1.0}, 3: {"dense_heads": (1, 2), "keep_sink": 0}},
+        layers={
+            2: {"top_p": 1.0},
+            3: {"dense_heads": (1, 2), "keep_sink": 0},
+            4: {"estimator": "grid"},
+        },
     )
     prism_cuda.register(config, "prism-layers")
-    model = build(num_hidden_layers=5)
+    model = build(num_hidden_layers=6)
     ids = tokens(1, 640)
-    with prism_cuda.record(masks=True) as recording:
+    with prism_cuda.record(masks=True, times=True) as recording:
         logits(model, "prism-layers", ids)
-    assert [call.path for call in recording.calls] == ["dense"] + ["prism"] * 4
+    assert [call.path for call in recording.calls] == ["dense"] + ["prism"] * 5
     assert recording.calls[0].reason == "dense_layers"
-    _, sparse, full, by_head, last = recording.calls
+    _, sparse, full, by_head, grid, last = recording.calls
+    assert "pool" in sparse.times and "pool" not in grid.times
     assert full.density == 1 and sparse.density < 1 and last.density < 1
     density = by_head.mask.density_per_head()[0]
     assert (density[1:3] == 1).all() and (density[[0, 3]] < 1).all()
@@ -158,6 +164,27 @@ def test_settings_of_heads_that_the_model_does_not_have():
     prism_cuda.register(PrismConfig(block_size=64, dense_below=0, dense_heads=(4,)), "prism-wrong")
     with pytest.raises(ValueError, match="dense_heads names head 4; expected less than 4"):
         logits(build(), "prism-wrong", tokens(1, 200))
+
+
+def test_grid_of_a_model_without_rope():
+    config = GPT2Config(
+        vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=1024, bos_token_id=1,
+        eos_token_id=2, attn_pdrop=0.0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().eval()
+    exact = PrismConfig(block_size=64, top_p=1.0, dense_below=0, estimator="grid")
+    prism_cuda.register(exact, "prism-grid")
+    prism_cuda.register(
+        PrismConfig(block_size=64, top_p=0.3, keep_above=0.5, dense_below=0, estimator="grid"),
+        "prism-grid-sparse",
+    )
+    ids = tokens(2, 640)
+    expected = logits(model, "eager", ids)
+    close(logits(model, "prism-grid", ids), expected)
+    with prism_cuda.record() as recording:
+        assert (logits(model, "prism-grid-sparse", ids) - expected).abs().max() > 1e-4
+    assert all(call.path == "prism" and 0 < call.density < 1 for call in recording.calls)
 
 
 def test_padding_on_both_sides():

@@ -42,6 +42,8 @@ void describe_kernel(std::vector<KernelInfo>& kernels, std::string name, std::st
 
 // Implemented beside the kernels.
 void describe_block_pool(std::vector<KernelInfo>& kernels);
+void describe_append_means(std::vector<KernelInfo>& kernels);
+void describe_estimate_grid(std::vector<KernelInfo>& kernels);
 void describe_prepare_means(std::vector<KernelInfo>& kernels);
 void describe_select_blocks(std::vector<KernelInfo>& kernels);
 void describe_sparse_attention(std::vector<KernelInfo>& kernels);

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define PRISM_HOST_DEVICE __host__ __device__
+#else
+#define PRISM_HOST_DEVICE
+#endif
+
 namespace prism {
 
 enum class DType : int32_t { kFloat16, kBFloat16 };
@@ -31,6 +37,23 @@ struct BlockPoolParams {
   DType dtype;
 };
 
+// Partial sums that continue the mean of an unfinished block, of one head.
+constexpr int kRunningSums = 1024;
+
+struct AppendMeansParams {
+  TensorView x;  // (batch, heads, length, head_dim), dtype: tokens from position `start` on
+  float* means;  // (batch, heads, capacity, head_dim), contiguous
+  float* sums;   // (batch, heads, kRunningSums / head_dim, head_dim), contiguous
+  int64_t batch;
+  int64_t heads;
+  int64_t start;     // tokens before x
+  int64_t length;    // tokens
+  int64_t capacity;  // blocks
+  int head_dim;      // 64 or 128
+  int block_size;    // tokens
+  DType dtype;
+};
+
 // The dimensions of one RoPE frequency band, one bit a dimension.
 struct Band {
   uint64_t dims[kMaxHeadDim / 64] = {};
@@ -40,7 +63,7 @@ struct Band {
 struct SelectBlocksParams {
   TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
   TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
-  void* workspace;     // SelectWorkspace::bytes(*this), 16-byte aligned
+  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
   uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
   int64_t batch;
@@ -70,26 +93,56 @@ struct EstimatePoolParams {
   DType dtype;
 };
 
+// Selection from the masses of a grid of cells, see kernels/grid.
+struct EstimateGridParams {
+  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
+  float scale;                // softmax scale, > 0
+  DType dtype;
+};
+
+// Sequences of different lengths in one call. Lengths and pages are read by the kernels only.
+struct RaggedBatch {
+  const int32_t* cu_seqlens_q = nullptr;  // (batch + 1); null: the batch is not ragged
+  const int32_t* cu_seqlens_k = nullptr;  // (batch + 1); null: there are pages
+  const int32_t* seqused_k = nullptr;     // (batch); null: all rows of cu_seqlens_k
+  const int32_t* block_table = nullptr;   // (batch, max_pages), unit last stride; null: no pages
+  int64_t table_stride = 0;               // elements
+  int total_q = 0;                        // rows of q
+  int total_k = 0;                        // rows of k and v; with pages 0
+  int pages = 0;                          // of the pools
+  int page_shift = 0;                     // log2 of a page's tokens
+
+  PRISM_HOST_DEVICE bool is_ragged() const { return cu_seqlens_q != nullptr; }
+  PRISM_HOST_DEVICE bool is_paged() const { return block_table != nullptr; }
+  PRISM_HOST_DEVICE int page_size() const { return 1 << page_shift; }
+};
+
+// Of a ragged batch, q and out are (q_heads, total_q, head_dim), without a batch stride, and so are
+// k and v, or with pages (pages, kv_heads, page_size, head_dim); lse is (q_heads, total_q).
 struct SparseAttentionParams {
   TensorView q;           // (batch, q_heads, q_len, head_dim), dtype
   TensorView k;           // (batch, kv_heads, k_len, head_dim), dtype
   TensorView v;           // (batch, kv_heads, k_len, head_dim), dtype
   TensorView out;         // (batch, q_heads, q_len, head_dim), dtype, rows 16-byte aligned
   float* lse;             // (batch, q_heads, q_len), contiguous, natural logarithm
+  const float* sinks;     // (q_heads): logits added to the softmax denominator; null: none
   const uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   const int32_t* counts;  // (batch, q_heads, q_blocks), contiguous; set bits of each row
   int32_t* tile_counter;  // workspace of one element, for kernels that draw their tiles from it
   int64_t batch;
   int q_heads;
   int kv_heads;
-  int q_len;  // tokens
-  int k_len;  // tokens
+  int q_len;  // tokens; of a ragged batch the most that a sequence has
+  int k_len;  // tokens; of a ragged batch the most that a sequence has
   int head_dim;
   int q_block_size;  // tokens
   int k_block_size;  // tokens
   float scale;       // softmax scale, > 0
   bool causal;       // bottom-right aligned
   DType dtype;
+  RaggedBatch ragged;
 };
 
 }  // namespace prism

@@ -44,7 +44,8 @@ void check_defined(const char* op, const char* name, const Tensor& tensor) {
   PRISM_CHECK(tensor.defined(), op, name, " is None; expected a tensor");
 }
 
-void check_activation(const char* op, const char* name, const Tensor& tensor) {
+void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+                 const char* shape) {
   check_defined(op, name, tensor);
   PRISM_CHECK(tensor.is_cpu() || tensor.is_cuda(), op, name, " is on ", device_string(tensor),
               "; allowed: cpu, cuda");
@@ -53,14 +54,19 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
   PRISM_CHECK(half || (tensor.is_cpu() && dtype == ScalarType::Float), op, name, " has dtype ",
               torch::headeronly::toString(dtype), " on ", device_string(tensor),
               "; allowed: BFloat16, Half", tensor.is_cpu() ? ", Float" : "");
-  PRISM_CHECK(tensor.dim() == 4, op, name, " has shape ", shape_string(tensor),
-              "; expected 4 dimensions: (batch, heads, length, head_dim)");
-  PRISM_CHECK(head_dim_supported(tensor.size(3)), op, name, " has head_dim ", tensor.size(3),
-              " (shape ", shape_string(tensor), "); allowed: 64, 128, 256");
+  PRISM_CHECK(tensor.dim() == dims, op, name, " has shape ", shape_string(tensor), "; expected ",
+              dims, " dimensions: ", shape);
+  const int64_t head_dim = tensor.size(dims - 1);
+  PRISM_CHECK(head_dim_supported(head_dim), op, name, " has head_dim ", head_dim, " (shape ",
+              shape_string(tensor), "); allowed: 64, 128, 256");
+  PRISM_CHECK(tensor.stride(dims - 1) == 1 || tensor.numel() == 0, op, name, " has last stride ",
+              tensor.stride(dims - 1), "; expected 1 (head_dim elements adjacent)");
+}
+
+void check_activation(const char* op, const char* name, const Tensor& tensor) {
+  check_heads(op, name, tensor, 4, "(batch, heads, length, head_dim)");
   PRISM_CHECK(tensor.size(2) <= kMaxLength, op, name, " has length ", tensor.size(2),
               "; allowed: at most ", kMaxLength);
-  PRISM_CHECK(tensor.stride(3) == 1 || tensor.numel() == 0, op, name, " has last stride ",
-              tensor.stride(3), "; expected 1 (head_dim elements adjacent)");
 }
 
 void check_estimated(const char* op, const char* name, const Tensor& tensor) {
@@ -83,18 +89,21 @@ void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* 
               kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name, "'s heads");
 }
 
-namespace {
-
-// What k and v have in common with q.
 void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
   check_same_device(op, name, tensor, "q", q);
   PRISM_CHECK(tensor.scalar_type() == q.scalar_type(), op, name, " has dtype ",
               torch::headeronly::toString(tensor.scalar_type()), "; expected q's, ",
               torch::headeronly::toString(q.scalar_type()));
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
+  PRISM_CHECK(head_dim == q.size(q.dim() - 1), op, name, " has head_dim ", head_dim,
+              "; expected q's, ", q.size(q.dim() - 1));
+}
+
+namespace {
+
+void check_batch(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
   PRISM_CHECK(tensor.size(0) == q.size(0), op, name, " has batch size ", tensor.size(0),
               "; expected q's, ", q.size(0));
-  PRISM_CHECK(tensor.size(3) == q.size(3), op, name, " has head_dim ", tensor.size(3),
-              "; expected q's, ", q.size(3));
 }
 
 }  // namespace
@@ -104,6 +113,7 @@ void check_qk(const char* op, const Tensor& q, const Tensor& k) {
   check_activation(op, "k", k);
   check_estimated(op, "q", q);
   check_like_q(op, "k", k, q);
+  check_batch(op, "k", k, q);
   check_gqa(op, "q", q.size(1), "k", k.size(1));
 }
 
@@ -112,7 +122,9 @@ void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v
   check_activation(op, "k", k);
   check_activation(op, "v", v);
   check_like_q(op, "k", k, q);
+  check_batch(op, "k", k, q);
   check_like_q(op, "v", v, q);
+  check_batch(op, "v", v, q);
   PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ", shape_string(v),
               "; expected k's, ", shape_string(k));
   check_gqa(op, "q", q.size(1), "k", k.size(1));
@@ -150,6 +162,15 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
   return band;
 }
 
+void check_rules(const char* op, double top_p, int64_t keep_sink, int64_t keep_recent,
+                 std::optional<double> keep_above) {
+  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
+  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
+  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
+  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
+              *keep_above, "; allowed: None, or above 0 and up to 1");
+}
+
 SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
                                const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
                                int64_t keep_sink, int64_t keep_recent,
@@ -158,11 +179,7 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
                              check_band(op, "low_band", low_band, head_dim)};
   PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
               "high_band and low_band are both empty; at least one must name dimensions");
-  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
-  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
-  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
-  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
-              *keep_above, "; allowed: None, or above 0 and up to 1");
+  check_rules(op, top_p, keep_sink, keep_recent, keep_above);
   return bands;
 }
 
@@ -174,16 +191,37 @@ double check_scale(const char* op, std::optional<double> scale, int64_t head_dim
   return value;
 }
 
-void check_mask_tensor(const char* op, const char* name, const Tensor& tensor,
-                       const std::vector<int64_t>& shape, const char* meaning) {
-  PRISM_CHECK(tensor.scalar_type() == ScalarType::Int, op, name, " has dtype ",
-              torch::headeronly::toString(tensor.scalar_type()), "; expected Int (int32)");
+void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tensor& q,
+                 int64_t q_heads) {
+  if (!sinks) {
+    return;
+  }
+  check_same_device(op, "sinks", *sinks, "q", q);
+  PRISM_CHECK(sinks->scalar_type() == ScalarType::Float, op, "sinks has dtype ",
+              torch::headeronly::toString(sinks->scalar_type()), "; expected Float (float32)");
+  check_shape(op, "sinks", *sinks, {q_heads}, "(q_heads)");
+  PRISM_CHECK(sinks->is_contiguous(), op, "sinks is not contiguous; expected contiguous");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor,
+                 const std::vector<int64_t>& shape, const char* meaning) {
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) {
     same = tensor.size(static_cast<int64_t>(i)) == shape[i];
   }
   PRISM_CHECK(same, op, name, " has shape ", shape_string(tensor), "; expected ",
               list_string(shape.data(), shape.size()), ": ", meaning);
+}
+
+void check_int32(const char* op, const char* name, const Tensor& tensor) {
+  PRISM_CHECK(tensor.scalar_type() == ScalarType::Int, op, name, " has dtype ",
+              torch::headeronly::toString(tensor.scalar_type()), "; expected Int (int32)");
+}
+
+void check_int_tensor(const char* op, const char* name, const Tensor& tensor,
+                      const std::vector<int64_t>& shape, const char* meaning) {
+  check_int32(op, name, tensor);
+  check_shape(op, name, tensor, shape, meaning);
   PRISM_CHECK(tensor.is_contiguous(), op, name, " is not contiguous; expected contiguous");
 }
 

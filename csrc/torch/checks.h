@@ -39,6 +39,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 std::string shape_string(const Tensor& tensor);
 
+// A tensor of `dims` dimensions, `shape` in words, whose last is head_dim: on a device that there
+// are kernels for, with unit last stride, bfloat16 or float16 (and float32 on the CPU).
+void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t dims,
+                 const char* shape);
+
 // q, k or v: (batch, heads, length, head_dim) with unit last stride, bfloat16 or float16 (and
 // float32 on the CPU), head_dim 64, 128 or 256.
 void check_activation(const char* op, const char* name, const Tensor& tensor);
@@ -69,6 +74,10 @@ void check_block_sizes(const char* op, int64_t q_block_size, int64_t k_block_siz
 Band check_band(const char* op, const char* name, const std::vector<int64_t>& ranges,
                 int64_t head_dim);
 
+// What a selection keeps.
+void check_rules(const char* op, double top_p, int64_t keep_sink, int64_t keep_recent,
+                 std::optional<double> keep_above);
+
 // Settings shared by select_blocks and prefill. Fills both bands.
 struct SelectionBands {
   Band high;
@@ -82,8 +91,22 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
 // The softmax scale, or head_dim^-1/2 where none is given.
 double check_scale(const char* op, std::optional<double> scale, int64_t head_dim);
 
+// The logits added to the softmax denominators: float32 (q_heads), contiguous, beside q.
+void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tensor& q,
+                 int64_t q_heads);
+
+// A tensor of exactly `shape`.
+void check_shape(const char* op, const char* name, const Tensor& tensor,
+                 const std::vector<int64_t>& shape, const char* meaning);
+
+// An int32 tensor.
+void check_int32(const char* op, const char* name, const Tensor& tensor);
+
+// k or v, which have device, dtype and head_dim in common with q.
+void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q);
+
 // An int32 tensor of exactly `shape`, contiguous.
-void check_mask_tensor(const char* op, const char* name, const Tensor& tensor,
-                       const std::vector<int64_t>& shape, const char* meaning);
+void check_int_tensor(const char* op, const char* name, const Tensor& tensor,
+                      const std::vector<int64_t>& shape, const char* meaning);
 
 }  // namespace prism

@@ -1,6 +1,11 @@
 #include "torch/cuda_context.h"
 
+#include <algorithm>
+#include <array>
+
 #ifdef PRISM_WITH_CUDA
+
+#include <torch/csrc/stable/ops.h>
 
 // A torch without CUDA does not define this symbol; the library has to load there all the same.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -33,16 +38,84 @@ void CudaContext::check(cudaError_t error) const {
        " (compute capability ", sm_ / 10, ".", sm_ % 10, ")");
 }
 
+namespace {
+
+int32_t dtype_code(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return aoti_torch_dtype_float32();
+    case ScalarType::Int:
+      return aoti_torch_dtype_int32();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
+    default:
+      return aoti_torch_dtype_bfloat16();
+  }
+}
+
+Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim,
+                     int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  const int32_t device = like.get_device_index();
+  PRISM_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cuda(),
+                                       device, &handle) == TORCH_SUCCESS,
+              "new_empty", "torch could not allocate a tensor on cuda:", device,
+              "; its message is above, most likely that memory is full");
+  return Tensor(handle);
+}
+
+// Whether (batch, heads, rows, head_dim) lies in memory without gaps, as such or with the heads
+// inside the rows: then empty_like keeps the strides.
+bool is_dense(const Tensor& x) {
+  if (x.numel() == 0) {
+    return false;
+  }
+  return x.is_contiguous() ||
+         (x.dim() == 4 && x.stride(3) == 1 && x.stride(1) == x.size(3) &&
+          x.stride(2) == x.size(1) * x.stride(1) && x.stride(0) == x.size(2) * x.stride(2));
+}
+
+}  // namespace
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  std::array<int64_t, 5> strides{};
+  const auto dim = static_cast<int64_t>(sizes.size());
+  int64_t stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[i], 1);
+  }
+  return empty_strided(like, sizes.begin(), strides.data(), dim, dtype_code(dtype));
+}
+
+Tensor new_empty_like(const Tensor& tensor) {
+  if (!is_dense(tensor)) {
+    return torch::stable::empty_like(tensor);
+  }
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  return empty_strided(tensor, sizes.data(), strides.data(), tensor.dim(),
+                       dtype_code(tensor.scalar_type()));
+}
+
 DType kernel_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
 }
 
-TensorView view(const Tensor& tensor) {
+TensorView view(const Tensor& tensor) { return view(tensor, 0, 1, 2); }
+
+TensorView view(const Tensor& tensor, int64_t batch, int64_t head, int64_t row) {
   // The stride of a dimension of size 1 means nothing, but would decide about alignment.
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
   const auto stride = [&](int64_t dim) {
-    return tensor.size(dim) > 1 ? tensor.stride(dim) : tensor.size(3);
+    return tensor.size(dim) > 1 ? tensor.stride(dim) : head_dim;
   };
-  return {tensor.data_ptr(), stride(0), stride(1), stride(2)};
+  const int64_t row_stride = stride(row);
+  // A single batch element, or page, could be followed by another at any multiple of a row.
+  const int64_t batch_stride = batch < 0                ? 0
+                               : tensor.size(batch) > 1 ? tensor.stride(batch)
+                                                        : row_stride;
+  return {tensor.data_ptr(), batch_stride, stride(head), row_stride};
 }
 
 }  // namespace prism

@@ -9,6 +9,8 @@
 #include <nvtx3/nvToolsExt.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <initializer_list>
+
 namespace prism {
 
 // Makes `tensor`'s device current for its lifetime.
@@ -37,8 +39,16 @@ class NvtxRange {
   NvtxRange& operator=(const NvtxRange&) = delete;
 };
 
+// An uninitialised contiguous tensor on the device of `like`. Eager calls are counted in
+// microseconds: the stable new_empty passes two boxed calls of the dispatcher, this none or one.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
+Tensor new_empty_like(const Tensor& tensor);  // strides as torch's empty_like gives them
+
 DType kernel_dtype(const Tensor& tensor);
-TensorView view(const Tensor& tensor);
+TensorView view(const Tensor& tensor);  // of (batch, heads, length, head_dim)
+
+// Of a tensor whose batch elements, heads and rows lie along other dimensions; -1: there is none.
+TensorView view(const Tensor& tensor, int64_t batch, int64_t head, int64_t row);
 
 }  // namespace prism
 

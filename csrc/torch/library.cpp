@@ -6,6 +6,9 @@
 STABLE_TORCH_LIBRARY(prism, m) {
   m.def("block_pool(Tensor x, int block_size) -> Tensor");
   m.def(
+      "pool_append_(Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size) "
+      "-> ()");
+  m.def(
       "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
       "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
       "bool causal=True, "
@@ -16,8 +19,18 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
+      "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
+      "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
+      "int k_block_size=128) -> (Tensor bits, Tensor counts)");
+  m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
-      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
+      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
+      "Tensor? sinks=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
+      "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, bool causal=True, "
+      "int q_block_size=128, int k_block_size=128, Tensor? sinks=None) "
       "-> (Tensor out, Tensor lse)");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
@@ -34,9 +47,12 @@ STABLE_TORCH_LIBRARY(prism, m) {
 // One implementation serves both devices: it checks, then calls the device's kernel.
 static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("block_pool", TORCH_BOX(&prism::block_pool));
+  m.impl("pool_append_", TORCH_BOX(&prism::pool_append_));
   m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
+  m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
+  m.impl("sparse_attention_varlen", TORCH_BOX(&prism::sparse_attention_varlen));
   m.impl("prefill", TORCH_BOX(&prism::prefill));
 }
 

@@ -15,6 +15,9 @@ using torch::stable::Tensor;
 
 Tensor block_pool(const Tensor& x, int64_t block_size);
 
+// Continues the block means of a growing sequence in place.
+void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size);
+
 std::tuple<Tensor, Tensor> select_blocks(const Tensor& q_means, const Tensor& k_means,
                                          int64_t q_len, int64_t k_len,
                                          const std::vector<int64_t>& high_band,
@@ -31,10 +34,26 @@ std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
                                            std::optional<double> keep_above, bool causal,
                                            int64_t q_block_size, int64_t k_block_size);
 
+// Blocks by the masses of a grid of 16 x 16 tokens over the full width of the heads.
+std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, double top_p,
+                                         int64_t keep_sink, int64_t keep_recent,
+                                         std::optional<double> keep_above,
+                                         std::optional<double> scale, bool causal,
+                                         int64_t q_block_size, int64_t k_block_size);
+
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,
-                                            int64_t q_block_size, int64_t k_block_size);
+                                            int64_t q_block_size, int64_t k_block_size,
+                                            const std::optional<Tensor>& sinks);
+
+// The same for sequences of different lengths, packed or in pages.
+std::tuple<Tensor, Tensor> sparse_attention_varlen(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
+    const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
+    const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> scale, bool causal,
+    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,

@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
       estimate_blocks(q, k, high_band, low_band, top_p, keep_sink, keep_recent, keep_above, causal,
                       q_block_size, k_block_size);
   const auto [out, lse] =
-      sparse_attention(q, k, v, bits, counts, softmax_scale, causal, q_block_size, k_block_size);
+      sparse_attention(q, k, v, bits, counts, softmax_scale, causal, q_block_size, k_block_size,
+                       /*sinks=*/std::nullopt);
   return {out, lse, bits, counts};
 }
 

@@ -10,7 +10,6 @@
 
 #ifdef PRISM_WITH_CUDA
 #include "kernels/select/select_blocks.h"
-#include "kernels/select/workspace.h"
 #endif
 
 namespace prism {
@@ -44,7 +43,7 @@ std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tenso
   const CudaContext context(kOp, q_means);
   const NvtxRange range("prism.select");
   Selection selection =
-      make_selection(kOp, "k_means", q_means, q_means.size(1), k_means.size(1), settings);
+      make_selection(context, kOp, "k_means", q_means, q_means.size(1), k_means.size(1), settings);
   selection.params.q_means = view(q_means);
   selection.params.k_means = view(k_means);
   context.check(launch_prepare_means(selection.params, context.stream()));
@@ -56,8 +55,9 @@ std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tenso
 }  // namespace
 
 #ifdef PRISM_WITH_CUDA
-Selection make_selection(const char* op, const char* keys, const Tensor& like, int64_t q_heads,
-                         int64_t kv_heads, const SelectionSettings& settings) {
+Selection make_selection(const CudaContext& context, const char* op, const char* keys,
+                         const Tensor& like, int64_t q_heads, int64_t kv_heads,
+                         const SelectionSettings& settings) {
   const int64_t batch = like.size(0);
   const int64_t q_blocks = ceil_div(settings.q_len, settings.q_block_size);
   const int64_t k_blocks = ceil_div(settings.k_len, settings.k_block_size);
@@ -81,12 +81,13 @@ Selection make_selection(const char* op, const char* keys, const Tensor& like, i
   params.keep_sink = settings.keep_sink;
   params.keep_recent = settings.keep_recent;
   params.causal = settings.causal;
+  int64_t workspace_bytes = 0;
+  context.check(select_workspace_bytes(params, &workspace_bytes));
   Selection selection{
-      torch::stable::new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
+      new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
                                ScalarType::Int),
-      torch::stable::new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
-      torch::stable::new_empty(like, {SelectWorkspace::bytes(params) / 4}, ScalarType::Float),
-      params};
+      new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
+      new_empty(like, {ceil_div(workspace_bytes, 4)}, ScalarType::Float), params};
   selection.params.workspace = selection.workspace.data_ptr();
   selection.params.bits = static_cast<uint32_t*>(selection.bits.data_ptr());
   selection.params.counts = static_cast<int32_t*>(selection.counts.data_ptr());

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "torch/checks.h"
+#include "torch/cuda_context.h"
 
 namespace prism {
 
@@ -30,10 +31,11 @@ struct Selection {
   SelectBlocksParams params;
 };
 
-// Allocates beside `like`. The views of the means are left for the caller to set. `keys` names the
-// tensor that may be too long.
-Selection make_selection(const char* op, const char* keys, const Tensor& like, int64_t q_heads,
-                         int64_t kv_heads, const SelectionSettings& settings);
+// Allocates beside `like`, on the context's device. The views of the means are left for the caller
+// to set. `keys` names the tensor that may be too long.
+Selection make_selection(const CudaContext& context, const char* op, const char* keys,
+                         const Tensor& like, int64_t q_heads, int64_t kv_heads,
+                         const SelectionSettings& settings);
 
 #endif  // PRISM_WITH_CUDA
 

@@ -5,10 +5,7 @@
 #include "torch/cuda_context.h"
 #include "torch/ops.h"
 #include "torch/reference.h"
-
-#ifdef PRISM_WITH_CUDA
-#include "kernels/attention/sparse_attention.h"
-#endif
+#include "torch/run_attention.h"
 
 namespace prism {
 
@@ -16,25 +13,55 @@ namespace {
 
 constexpr const char* kOp = "sparse_attention";
 
+}  // namespace
+
 #ifdef PRISM_WITH_CUDA
+
+Tensor make_output(const Tensor& q) {
+  Tensor out = new_empty_like(q);
+  if (out.stride(out.dim() - 1) != 1) {  // an overlapping q can have another dimension innermost
+    const auto sizes = q.sizes();
+    out = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, q.scalar_type());
+  }
+  return out;
+}
+
+void run_attention(const char* op, const CudaContext& context, const Tensor& q,
+                   SparseAttentionParams& params) {
+  const NvtxRange range("prism.attention");
+  const AttentionChoice choice = choose_attention_kernel(params, context.sm());
+  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, op, choice.name);
+  std::optional<Tensor> tile_counter;  // kept until the launch; the allocator orders its reuse
+  if (choice.kernel == AttentionKernel::kSm90) {
+    tile_counter = new_empty(q, {1}, ScalarType::Int);
+    params.tile_counter = static_cast<int32_t*>(tile_counter->data_ptr());
+  }
+  const cudaError_t error = launch_sparse_attention(params, context.sm(), context.stream());
+  PRISM_CHECK(error != kTensorMapRefused, op,
+              "the driver can not describe q, k, v or out to the tensor memory accelerator; row "
+              "strides are ",
+              params.q.row_stride, ", ", params.k.row_stride, ", ", params.v.row_stride, ", ",
+              params.out.row_stride, " elements");
+  context.check(error);
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                  const Tensor& bits, const Tensor& counts,
                                                  double scale, bool causal, int64_t q_block_size,
-                                                 int64_t k_block_size) {
+                                                 int64_t k_block_size,
+                                                 const std::optional<Tensor>& sinks) {
   const CudaContext context(kOp, q);
-  const NvtxRange range("prism.attention");
-  Tensor out = torch::stable::empty_like(q);
-  if (out.stride(3) != 1) {  // an overlapping q can have another dimension innermost
-    out =
-        torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)}, q.scalar_type());
-  }
-  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  SparseAttentionParams params;
+  Tensor out = make_output(q);
+  Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  SparseAttentionParams params{};
   params.q = view(q);
   params.k = view(k);
   params.v = view(v);
   params.out = view(out);
   params.lse = static_cast<float*>(lse.data_ptr());
+  params.sinks = sinks ? static_cast<const float*>(sinks->data_ptr()) : nullptr;
   params.bits = static_cast<const uint32_t*>(bits.data_ptr());
   params.counts = static_cast<const int32_t*>(counts.data_ptr());
   params.batch = q.size(0);
@@ -48,44 +75,40 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
   params.scale = static_cast<float>(scale);
   params.causal = causal;
   params.dtype = kernel_dtype(q);
-  const AttentionChoice choice = choose_attention_kernel(params, context.sm());
-  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, kOp, choice.name);
-  std::optional<Tensor> tile_counter;  // kept until the launch; the allocator orders its reuse
-  if (choice.kernel == AttentionKernel::kSm90) {
-    tile_counter = torch::stable::new_empty(q, {1}, ScalarType::Int);
-    params.tile_counter = static_cast<int32_t*>(tile_counter->data_ptr());
-  }
-  context.check(launch_sparse_attention(params, context.sm(), context.stream()));
+  run_attention(kOp, context, q, params);
   return {out, lse};
 }
-#endif
 
 }  // namespace
+
+#endif
 
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,
-                                            int64_t q_block_size, int64_t k_block_size) {
+                                            int64_t q_block_size, int64_t k_block_size,
+                                            const std::optional<Tensor>& sinks) {
   check_qkv(kOp, q, k, v);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_same_device(kOp, "bits", bits, "q", q);
   check_same_device(kOp, "counts", counts, "q", q);
   const int64_t q_blocks = ceil_div(q.size(2), q_block_size);
   const int64_t words = ceil_div(ceil_div(k.size(2), k_block_size), 32);
-  check_mask_tensor(kOp, "bits", bits, {q.size(0), q.size(1), q_blocks, words},
-                    "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
-  check_mask_tensor(kOp, "counts", counts, {q.size(0), q.size(1), q_blocks},
-                    "(batch, q_heads, q_blocks)");
+  check_int_tensor(kOp, "bits", bits, {q.size(0), q.size(1), q_blocks, words},
+                   "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
+  check_int_tensor(kOp, "counts", counts, {q.size(0), q.size(1), q_blocks},
+                   "(batch, q_heads, q_blocks)");
+  check_sinks(kOp, sinks, q, q.size(1));
   const double softmax_scale = check_scale(kOp, scale, q.size(3));
   if (q.is_cpu()) {
     const std::optional<double> resolved = softmax_scale;
-    const auto outputs =
-        call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal, q_block_size, k_block_size);
+    const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal,
+                                           q_block_size, k_block_size, sinks);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
   return sparse_attention_cuda(q, k, v, bits, counts, softmax_scale, causal, q_block_size,
-                               k_block_size);
+                               k_block_size, sinks);
 #else
   fail_without_cuda(kOp);
 #endif

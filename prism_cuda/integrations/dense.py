@@ -92,12 +92,6 @@ def attend(
     return out.transpose(1, 2)
 
 
-def add_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Give the softmax behind (out, lse) one more logit per head, which has no value; in place."""
-    kept = torch.sigmoid(lse - sinks.float().view(1, -1, 1))
-    return out.mul_(kept[..., None])
-
-
 def _eager(
     call: LayerCall,
     query: torch.Tensor,

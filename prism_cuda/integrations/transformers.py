@@ -142,11 +142,22 @@ class PrismAttention:
         if choice.path == "dense":
             _warn_of_dense(call, query, key, mask, choice.reason)
             return dense.attend(call, query, key, value, mask, choice.reason)
-        bands = Bands(*layer_ranges(call.module, query.shape[-1], call.config))
-        out, lse, _ = functional.run_sparse(
-            query, key, value, bands, call.config, call.scale, True, choice.reason, call.layer_idx
+        bands = None
+        if call.config.estimator == "bands":
+            bands = Bands(*layer_ranges(call.module, query.shape[-1], call.config))
+        out, _, _ = functional.run_sparse(
+            query,
+            key,
+            value,
+            bands,
+            call.config,
+            call.scale,
+            True,
+            choice.reason,
+            call.layer_idx,
+            None if call.sinks is None else call.sinks.float().contiguous(),
         )
-        return out if call.sinks is None else dense.add_sinks(out, lse, call.sinks)
+        return out
 
 
 def _warn_of_dense(

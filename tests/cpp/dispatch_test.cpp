@@ -72,7 +72,7 @@ int main() {
   expect(!prism::tma_compatible(view), "an unaligned start does not");
 
   constexpr int64_t kL2 = 60 << 20;
-  expect(prism::kv_section(8192, 128, 8, kL2) == 7, "seven heads of 4 MB fill half of 60 MB");
+  expect(prism::kv_section(8192, 128, 16, kL2) == 8, "ten heads of 4 MB fit: two sections of 8");
   expect(prism::kv_section(4096, 128, 8, kL2) == 8, "a section has no more heads than there are");
   expect(prism::kv_section(131072, 128, 8, kL2) == 1, "a head that does not fit runs alone");
   expect(prism::kv_section(0, 128, 8, kL2) == 8, "no keys take no room");

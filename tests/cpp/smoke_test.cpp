@@ -14,10 +14,10 @@
 #include <vector>
 
 #include "kernels/attention/sparse_attention.h"
+#include "kernels/grid/estimate_grid.h"
 #include "kernels/introspect.h"
 #include "kernels/pool/block_pool.h"
 #include "kernels/select/select_blocks.h"
-#include "kernels/select/workspace.h"
 
 namespace {
 
@@ -187,12 +187,18 @@ prism::TensorView view_of(const DeviceBuffer<float>& means, int heads, int block
   return {means.get(), int64_t(heads) * blocks * head_dim, int64_t(blocks) * head_dim, head_dim};
 }
 
-// From finished means. `sm` below 90 takes the way of GPUs without clusters.
+int64_t workspace_bytes(const prism::SelectBlocksParams& params) {
+  int64_t bytes = 0;
+  check(prism::select_workspace_bytes(params, &bytes), "select_workspace_bytes");
+  return bytes;
+}
+
+// From finished means. Launches do not overlap where `sm` is below 90.
 Mask select_from_means(const Shape& shape, const DeviceBuffer<float>& q_means,
                        const DeviceBuffer<float>& k_means, double top_p, int sm) {
   const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
   prism::SelectBlocksParams params = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params));
+  const DeviceBuffer<char> workspace(workspace_bytes(params));
   const DeviceBuffer<uint32_t> bits(rows * shape.words());
   const DeviceBuffer<int32_t> counts(rows);
   params.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
@@ -213,7 +219,7 @@ Mask estimate(const Shape& shape, const Input& q, const Input& k, double top_p) 
   params.k = k.view();
   params.dtype = prism::DType::kBFloat16;
   params.select = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(prism::SelectWorkspace::bytes(params.select));
+  const DeviceBuffer<char> workspace(workspace_bytes(params.select));
   const DeviceBuffer<float> q_means(rows * shape.head_dim);
   const DeviceBuffer<uint32_t> bits(rows * shape.words());
   const DeviceBuffer<int32_t> counts(rows);
@@ -351,6 +357,93 @@ void test_sparse_attention(const Shape& shape, const Input& q, const Input& k, c
   report("attention lse", shape, lse_error, 1e-3);
 }
 
+// Means and variances of a head's cells of 16 tokens: (cells, head_dim).
+struct Cells {
+  std::vector<std::vector<double>> means, variances;
+
+  Cells(const Input& x, int head) {
+    for (int begin = 0; begin < x.length; begin += 16) {
+      const int end = std::min(begin + 16, x.length);
+      std::vector<double> mean(x.head_dim), variance(x.head_dim);
+      for (int d = 0; d < x.head_dim; ++d) {
+        for (int token = begin; token < end; ++token) {
+          mean[d] += x.row(head, token)[d] / (end - begin);
+        }
+        for (int token = begin; token < end; ++token) {
+          const double difference = x.row(head, token)[d] - mean[d];
+          variance[d] += difference * difference / (end - begin);
+        }
+      }
+      means.push_back(mean);
+      variances.push_back(variance);
+    }
+  }
+};
+
+// Blocks of at least some mass, but for those whose mass is within 1 % of it.
+void test_estimate_grid(const Shape& shape, const Input& q, const Input& k) {
+  const double least = 1.5 / shape.k_blocks();
+  const double scale = 1 / std::sqrt(double(shape.head_dim));
+  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
+  prism::EstimateGridParams params = {};
+  params.q = q.view();
+  params.k = k.view();
+  params.scale = static_cast<float>(scale);
+  params.dtype = prism::DType::kBFloat16;
+  params.select = select_params(shape, 0);
+  params.select.keep_above = least;
+  int64_t bytes = 0;
+  check(prism::grid_workspace_bytes(params, &bytes), "grid_workspace_bytes");
+  const DeviceBuffer<char> workspace(bytes);
+  const DeviceBuffer<uint32_t> bits(rows * shape.words());
+  const DeviceBuffer<int32_t> counts(rows);
+  params.select.workspace = workspace.get();
+  params.select.bits = bits.get();
+  params.select.counts = counts.get();
+  check(prism::launch_estimate_grid(params, compute_capability(), nullptr), "estimate_grid");
+
+  const Mask mask = {bits.host(), counts.host()};
+  int wrong = 0;
+  for (int head = 0; head < shape.q_heads; ++head) {
+    const Cells q_cells(q, head), k_cells(k, head / (shape.q_heads / shape.kv_heads));
+    for (int i = 0; i < shape.q_blocks(); ++i) {
+      std::vector<double> masses(shape.k_blocks());
+      const int offset = shape.k_len - shape.q_len;
+      const int end = std::min((i + 1) * shape.q_block, shape.q_len);
+      int cells = 0;
+      for (int begin = i * shape.q_block; begin < end; begin += 16, ++cells) {
+        const int last_position = std::min(begin + 16, end) - 1 + offset;
+        std::vector<double> weights;
+        double total = 0;
+        for (int c = 0; 16 * c <= last_position && 16 * c < shape.k_len; ++c) {
+          double score = 0;
+          for (int d = 0; d < shape.head_dim; ++d) {
+            const double mean = scale * q_cells.means[begin / 16][d];
+            score += mean * k_cells.means[c][d] + mean * mean * k_cells.variances[c][d] / 2;
+          }
+          weights.push_back(std::exp(score));
+          total += weights.back();
+        }
+        for (size_t c = 0; c < weights.size(); ++c) {
+          masses[16 * c / shape.k_block] += weights[c] / total;
+        }
+      }
+      const int own_begin = (i * shape.q_block + offset) / shape.k_block;
+      const int own_end = (end - 1 + offset) / shape.k_block;
+      int count = 0;
+      for (int j = 0; j < shape.k_blocks(); ++j) {
+        const double mass = masses[j] / cells;
+        const bool forced = j == 0 || (j >= own_begin && j <= own_end);
+        const bool got = selected(shape, mask, head, i, j);
+        count += got;
+        wrong += got != (forced || mass >= least) && std::abs(mass - least) > 0.01 * least;
+      }
+      wrong += mask.counts[size_t(head) * shape.q_blocks() + i] != count;
+    }
+  }
+  report("estimate_grid", shape, wrong, 0);
+}
+
 void test_shape(const Shape& shape) {
   std::mt19937 random(0);
   const Input q(shape.q_heads, shape.q_len, shape.head_dim, random);
@@ -359,6 +452,7 @@ void test_shape(const Shape& shape) {
   const DeviceBuffer<float> q_means = test_block_pool(shape, q, shape.q_block);
   const DeviceBuffer<float> k_means = test_block_pool(shape, k, shape.k_block);
   test_select_blocks(shape, q, k, q_means, k_means);
+  test_estimate_grid(shape, q, k);
   test_sparse_attention(shape, q, k, v, random);
 }
 
@@ -394,7 +488,7 @@ int main() {
       test_shape({4, 1, 200, 333, head_dim, 64, 64});
       test_shape({3, 3, 257, 600, head_dim, 128, 64});
     }
-    test_long_rows({4, 2, 500, 100000, 128, 64, 64});  // 1,563 key blocks: clusters of 2
+    test_long_rows({4, 2, 500, 100000, 128, 64, 64});  // 1,563 key blocks
     test_introspection();
     check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   } catch (const std::exception& error) {

@@ -6,6 +6,7 @@ Nothing here calls or imports prism_cuda: a mistake there cannot be repeated her
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -148,13 +149,19 @@ def low_precision_attention(
     causal: bool,
     scale: float | None = None,
 ) -> Tensor:
-    """The same maths in plain PyTorch at the inputs' precision: the yardstick of the tolerance."""
+    """The same maths in plain PyTorch at the inputs' precision: the yardstick of the tolerance.
+
+    PRISM_YARDSTICK_ON_CPU moves it there: compute-sanitizer's racecheck aborts in cuBLAS.
+    """
+    device = q.device
+    if "PRISM_YARDSTICK_ON_CPU" in os.environ:
+        q, k, v, block_mask = (x.cpu() for x in (q, k, v, block_mask))
     batch, q_heads, q_len, head_dim = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     if k_len == 0:
-        return out
+        return out.to(device)
     keys = torch.arange(k_len, device=q.device)
     positions = token_positions(q_len, k_len, q.device)
     for b in range(batch):
@@ -171,7 +178,7 @@ def low_precision_attention(
                     scores.float().masked_fill(~token_mask, -math.inf), dim=-1
                 ).nan_to_num(0.0)
                 out[b, h, rows] = weights.to(q.dtype) @ v[b, g]
-    return out
+    return out.to(device)
 
 
 @dataclass
@@ -245,6 +252,25 @@ def _above(probs: Tensor, least: float, rel: Tensor, band: float) -> tuple[Tenso
     return probs >= least, (probs * (1 + slack) >= least) & (probs * (1 - slack) < least)
 
 
+def _decide(
+    probs: Tensor, rel: Tensor, top_p: float, keep_above: float | None, band: float
+) -> tuple[Tensor, Tensor]:
+    """What both rules keep of rows of probabilities, and which decisions are near ties."""
+    undefined = probs.isnan().any(-1, keepdim=True)
+    probs, rel = probs.nan_to_num(0.0), rel.nan_to_num(0.0)
+    kept, near = _top_p(probs, top_p, rel, band)
+    if top_p >= 1:
+        kept, near = torch.ones_like(kept), torch.zeros_like(near)
+    if top_p == 0:
+        kept, near = torch.zeros_like(kept), torch.zeros_like(near)
+    if keep_above is not None:
+        above, near_above = _above(probs, keep_above, rel, band)
+        # A block that one rule keeps for certain is kept, whatever the other says.
+        near = (near | near_above) & ~(kept & ~near) & ~(above & ~near_above)
+        kept = kept | above
+    return kept | undefined, near & ~undefined
+
+
 def select(
     q_means: Tensor,
     k_means: Tensor,
@@ -301,19 +327,82 @@ def select(
         error = (terms.amax(-1, keepdim=True) + 1) * relative_error
         rel = torch.expm1(2 * error).clamp(max=0.5)
         probs = torch.softmax(logits, dim=-1)
-        undefined = probs.isnan().any(-1, keepdim=True)
-        kept, near = _top_p(probs.nan_to_num(0.0), top_p, rel.nan_to_num(0.0), band)
-        if top_p >= 1:
-            kept, near = torch.ones_like(kept), torch.zeros_like(near)
-        if top_p == 0:
-            kept, near = torch.zeros_like(kept), torch.zeros_like(near)
-        if keep_above is not None:
-            above, near_above = _above(probs.nan_to_num(0.0), keep_above, rel.nan_to_num(0.0), band)
-            # A block that one rule keeps for certain is kept, whatever the other says.
-            near = (near | near_above) & ~(kept & ~near) & ~(above & ~near_above)
-            kept = kept | above
-        kept, near = kept | undefined, near & ~undefined
+        kept, near = _decide(probs, rel, top_p, keep_above, band)
         keep |= kept & visible
         certain |= kept & ~near
         near_tie |= near & visible
     return Selection(keep, visible, forced, near_tie & ~certain)
+
+
+CELL = 16  # tokens of a cell of the grid
+
+
+def select_grid(
+    q: Tensor,
+    k: Tensor,
+    top_p: float,
+    *,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+    rounding: float = 2.0**-11,
+    relative_error: float = 2.0**-19,
+    band: float = 1e-6,
+) -> Selection:
+    """Selection by the masses of a grid of cells, one row of cells at a time.
+
+    `rounding` is the largest relative error of a cell's statistics. Those of a product's terms are
+    independent, so the logit's is a few times the root of their squares. `relative_error` is that
+    of the sum of the terms' magnitudes.
+    """
+    batch, q_heads, q_len, head_dim = q.shape
+    k_len, device = k.shape[2], q.device
+    scale = head_dim**-0.5 if scale is None else scale
+    visible = visible_blocks(q_len, k_len, q_block_size, k_block_size, causal, device)
+    forced = visible & _forced_blocks(
+        q_len, k_len, q_block_size, k_block_size, keep_sink, keep_recent, device
+    )
+    shape = (batch, q_heads, *visible.shape)
+    masses = torch.zeros(shape, dtype=torch.float64, device=device)
+    error = torch.zeros((*shape[:3], 1), dtype=torch.float64, device=device)
+    if 0 in shape:
+        return Selection(forced.expand(shape), visible, forced, torch.zeros_like(masses).bool())
+
+    head_of = torch.arange(q_heads, device=device) // (q_heads // k.shape[1])
+    whole = k_len - k_len % CELL
+    k_cells = []
+    if whole:
+        k_cells.append(k[:, :, :whole].double().unflatten(2, (whole // CELL, CELL)))
+    if whole < k_len:
+        k_cells.append(k[:, :, None, whole:].double())
+    # (B, Hq, D, cells)
+    means = torch.cat([cells.mean(3) for cells in k_cells], 2).mT[:, head_of]
+    variances = torch.cat([cells.var(3, unbiased=False) for cells in k_cells], 2).mT[:, head_of]
+    first_key = torch.arange(0, k_len, CELL, device=device)
+    positions = token_positions(q_len, k_len, device)
+    rows = torch.zeros(shape[2], device=device)
+    for start in range(0, q_len, CELL):
+        cell = slice(start, min(start + CELL, q_len))
+        seen = first_key <= positions[cell][-1]
+        if not causal:
+            seen = torch.ones_like(seen)
+        if not seen.any():
+            continue
+        mean = q[:, :, cell].double().mean(2)[..., None]
+        terms = torch.cat([scale * mean * means, scale**2 / 2 * mean**2 * variances], 2)[..., seen]
+        probs = torch.softmax(terms.sum(2), -1)
+        block = start // q_block_size
+        masses[:, :, block].index_add_(-1, first_key[seen] // k_block_size, probs)
+        rows[block] += 1
+        largest = 4 * rounding * terms.square().sum(2).sqrt().amax(-1, keepdim=True)
+        largest = largest + relative_error * (terms.abs().sum(2).amax(-1, keepdim=True) + 1)
+        error[:, :, block] = torch.maximum(error[:, :, block], largest)
+    masses = masses / rows.clamp(min=1)[:, None]
+    rel = torch.expm1(2 * error).clamp(max=0.5)
+    kept, near = _decide(masses, rel, top_p, keep_above, band)
+    keep = (kept & visible) | forced
+    return Selection(keep, visible, forced, near & visible & ~forced)

@@ -1,6 +1,7 @@
 """Wrong calls of the ops: a right call with one argument changed so that it cannot be right.
 
-A new op needs one entry in OPS: how to build a right call, and what kind each argument is of.
+A new op needs one entry in OPS: how to build a right call, and what kind each argument is of. An op
+that is called in several ways has an entry for each, its name followed by the way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from helpers import oracle
@@ -41,6 +43,8 @@ class Right:
             for length, block in zip((self.q_len, self.k_len), self.blocks, strict=True)
         )
 
+
+PAGE_SIZE = 16
 
 # Several key/value heads and more than one block everywhere, so that every change shows.
 RIGHT = (
@@ -140,12 +144,14 @@ def last_stride(draw: Draw, site: Site) -> torch.Tensor:
 
 def transposed(draw: Draw, site: Site) -> torch.Tensor:
     """The right shape, another dimension innermost."""
-    dim = draw(st.sampled_from([d for d in range(3) if site.value.shape[d] > 1]))
+    outer = site.value.shape[:-1]
+    dim = draw(st.sampled_from([d for d, length in enumerate(outer) if length > 1]))
     return site.value.transpose(dim, -1).contiguous().transpose(dim, -1)
 
 
 def gaps(draw: Draw, site: Site) -> torch.Tensor:
     """The right shape, not contiguous."""
+    assume(site.value.numel() > 1)
     step = draw(st.integers(2, 5))
     return site.like(*site.value.shape, step)[..., draw(st.integers(0, step - 1))]
 
@@ -175,12 +181,12 @@ ABSENT = one_of(lambda _: [None])
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def activation(*head_dim: int) -> tuple[Mutation, ...]:
-    """(B, H, L, D) of one of the head_dims, on its own."""
+def activation(*head_dim: int, dims: int = 4) -> tuple[Mutation, ...]:
+    """(B, H, L, D), or other dimensions before D, of one of the head_dims, on its own."""
     return (
         dtypes(*HALVES),
         rank,
-        size(3, head_dims(*head_dim)),
+        size(dims - 1, head_dims(*head_dim)),
         last_stride,
         transposed,
         NOT_A_TENSOR,
@@ -188,13 +194,15 @@ def activation(*head_dim: int) -> tuple[Mutation, ...]:
 
 
 def other_supported_head_dim(draw: Draw, site: Site) -> torch.Tensor:
-    shape = site.value.shape
-    return site.like(*shape[:3], draw(st.sampled_from([d for d in (64, 128) if d != shape[3]])))
+    *outer, head_dim = site.value.shape
+    return site.like(*outer, draw(st.sampled_from([d for d in (64, 128) if d != head_dim])))
 
 
-TOGETHER = (other_half, other_supported_head_dim, size(0, same), on_meta, ABSENT)
-ESTIMATED = activation(64, 128) + TOGETHER
-ATTENDED = activation(64, 128, 256) + TOGETHER
+TOGETHER = (other_half, other_supported_head_dim, on_meta, ABSENT)
+ESTIMATED = (*activation(64, 128), *TOGETHER, size(0, same))
+ATTENDED = (*activation(64, 128, 256), *TOGETHER, size(0, same))
+PACKED = activation(64, 128, 256, dims=3) + TOGETHER
+PAGED = (*activation(64, 128, 256), *TOGETHER, size(0, same), size(1, same), size(2, same))
 Q_HEADS = size(1, whole_groups_of_kv)
 K_HEADS = size(1, divides_q)
 LIKE_K = (size(1, same), size(2, same))
@@ -225,6 +233,30 @@ MASK = (
     NOT_A_TENSOR,
 )
 
+# (rows,), or None
+VECTOR = (rank, size(0, same), gaps, on_meta, NOT_A_TENSOR)
+SINKS = (dtypes(torch.float32), *VECTOR)
+LENGTHS = (dtypes(torch.int32), *VECTOR)
+
+STATE = (
+    dtypes(torch.float32),
+    rank,
+    size(0, same),
+    size(1, same),
+    size(3, same),
+    gaps,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
+
+
+def given(draw: Draw, site: Site) -> torch.Tensor:
+    """A tensor where there must be none."""
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    return site.arguments["cu_seqlens_q"].new_zeros(shape)
+
+
 # Numbers
 
 NOT_INT64 = st.one_of(st.integers(2**63, 2**80), st.integers(-(2**80), -(2**63) - 1))
@@ -248,14 +280,45 @@ def _pair_fits(n: int, site: Site) -> bool:
 
 
 def _length_fits(n: int, site: Site) -> bool:
-    index = "qk".index(site.name[0])
+    index = "qk".index(site.name.removeprefix("max_seqlen_")[0])
     blocks, block_size = site.sizes.block_counts()[index], site.sizes.blocks[index]
     return n >= 0 and oracle.ceil_div(n, block_size) == blocks
+
+
+def _longest_k_fits(n: int, site: Site) -> bool:
+    words = site.arguments["bits"].shape[3]
+    table = site.arguments["block_table"]
+    return (
+        n >= 0
+        and oracle.ceil_div(oracle.ceil_div(n, site.sizes.blocks[1]), 32) == words
+        and (table is None or n <= table.shape[1] * PAGE_SIZE)
+    )
+
+
+def _pages_fit(n: int, site: Site) -> bool:
+    return n * PAGE_SIZE >= site.arguments["max_seqlen_k"]
+
+
+def _appended_fits(name: str) -> Callable[[int, Site], bool]:
+    """Whether the means have room if this size of the call is n."""
+
+    def fits(n: int, site: Site) -> bool:
+        sizes = {
+            "start": site.arguments["start"],
+            "length": site.arguments["x"].shape[2],
+            "blocks": site.arguments["means"].shape[2],
+        } | {name: n}
+        end = sizes["start"] + sizes["length"]
+        return sizes["start"] >= 0 and end <= sizes["blocks"] * site.sizes.blocks[0]
+
+    return fits
 
 
 BLOCK_SIZE = integers_but(lambda n, _: n in (64, 128))
 BLOCK_SIZE_OF_PAIR = integers_but(_pair_fits)
 LENGTH = integers_but(_length_fits)
+LONGEST_K = integers_but(_longest_k_fits)
+START = integers_but(_appended_fits("start"))
 COUNT = integers_but(lambda n, _: n >= 0)
 PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT_A_FLOAT)
 THRESHOLD = (drawn(st.floats().filter(lambda p: not 0 < p <= 1)), NOT_A_FLOAT)
@@ -296,7 +359,7 @@ class Op:
 
 @functools.cache
 def tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
-    """All tensors of a right call of any op. Nothing writes to them."""
+    """Tensors of right calls of the ops. Nothing writes to them."""
 
     def make(heads: int, length: int, dtype: torch.dtype = sizes.dtype) -> torch.Tensor:
         shape = (sizes.batch, heads, length, sizes.head_dim)
@@ -313,18 +376,21 @@ def tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
         "k_means": make(sizes.kv_heads, k_blocks, torch.float32),
         "bits": bits,
         "counts": counts,
+        "sinks": torch.zeros(sizes.q_heads, device=device),
     }
 
 
-def call_of(*names: str, selects: bool = False, attends: bool = False) -> Any:
+def call_of(
+    *names: str, selects: bool = False, bands: bool = True, attends: bool = False
+) -> Callable[[Right, str], Arguments]:
     """Builds a right call with these tensors and settings."""
 
     def build(sizes: Right, device: str) -> Arguments:
         arguments: Arguments = {name: tensors(sizes, device)[name] for name in names}
+        if selects and bands:
+            arguments["high_band"], arguments["low_band"] = sizes.bands()
         if selects:
-            high_band, low_band = sizes.bands()
-            arguments |= {"high_band": high_band, "low_band": low_band, "top_p": 0.9}
-            arguments |= {"keep_sink": 1, "keep_recent": 1, "keep_above": None}
+            arguments |= {"top_p": 0.9, "keep_sink": 1, "keep_recent": 1, "keep_above": None}
         if attends:
             arguments["scale"] = None
         blocks = dict(zip(("q_block_size", "k_block_size"), sizes.blocks, strict=True))
@@ -338,24 +404,110 @@ def select_blocks_call(sizes: Right, device: str) -> Arguments:
     return build(sizes, device) | {"q_len": sizes.q_len, "k_len": sizes.k_len}
 
 
+def pool_append_call(sizes: Right, device: str) -> Arguments:
+    """The means have room for a block more than they need, which the op writes to."""
+    x, start = tensors(sizes, device)["q"], 70
+    blocks = oracle.ceil_div(start + sizes.q_len, sizes.blocks[0]) + 1
+    means, sums = (
+        torch.zeros(*x.shape[:2], rows, sizes.head_dim, device=device)
+        for rows in (blocks, 1024 // sizes.head_dim)
+    )
+    return {"x": x, "means": means, "sums": sums, "start": start, "block_size": sizes.blocks[0]}
+
+
+@functools.cache
+def ragged_tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
+    """The sequences of tensors() packed, and their keys in pages as well."""
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def ends(length: int) -> torch.Tensor:
+        return length * torch.arange(sizes.batch + 1, dtype=torch.int32, device=device)
+
+    batched = tensors(sizes, device)
+    pages = oracle.ceil_div(sizes.k_len, PAGE_SIZE)
+    pool = (sizes.batch * pages, PAGE_SIZE, sizes.kv_heads, sizes.head_dim)
+    table = torch.arange(sizes.batch * pages, dtype=torch.int32, device=device)
+    return {
+        "q": packed(batched["q"]),
+        "k": packed(batched["k"]),
+        "v": packed(batched["v"]),
+        "k_pages": torch.ones(pool, dtype=sizes.dtype, device=device),
+        "v_pages": torch.ones(pool, dtype=sizes.dtype, device=device),
+        "cu_seqlens_q": ends(sizes.q_len),
+        "cu_seqlens_k": ends(sizes.k_len),
+        "seqused_k": torch.full_like(table[: sizes.batch], sizes.k_len),
+        "block_table": table.view(sizes.batch, pages),
+    }
+
+
+def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+    def build(sizes: Right, device: str) -> Arguments:
+        ragged = ragged_tensors(sizes, device)
+        names = ("k_pages", "v_pages") if paged else ("k", "v")
+        return call_of("bits", "counts", "sinks", attends=True)(sizes, device) | {
+            "q": ragged["q"],
+            "k": ragged[names[0]],
+            "v": ragged[names[1]],
+            "cu_seqlens_q": ragged["cu_seqlens_q"],
+            "cu_seqlens_k": None if paged else ragged["cu_seqlens_k"],
+            "seqused_k": ragged["seqused_k"],
+            "block_table": ragged["block_table"] if paged else None,
+            "max_seqlen_q": sizes.q_len,
+            "max_seqlen_k": sizes.k_len,
+        }
+
+    return build
+
+
 BLOCKS = {
     "causal": FLAG,
     "q_block_size": BLOCK_SIZE_OF_PAIR,
     "k_block_size": BLOCK_SIZE_OF_PAIR,
 }
-SELECTION = BLOCKS | {
-    "high_band": BAND,
-    "low_band": BAND,
+RULES = BLOCKS | {
     "top_p": PROBABILITY,
     "keep_sink": COUNT,
     "keep_recent": COUNT,
     "keep_above": THRESHOLD,
+}
+SELECTION = RULES | {"high_band": BAND, "low_band": BAND}
+MASKED = BLOCKS | {
+    "bits": (*MASK, size(3, same)),
+    "counts": MASK,
+    "scale": SCALE,
+    "sinks": SINKS,
+}
+VARLEN = MASKED | {
+    "q": (*PACKED, Q_HEADS),
+    "cu_seqlens_q": (*LENGTHS, ABSENT),
+    "max_seqlen_q": LENGTH,
+    "max_seqlen_k": LONGEST_K,
 }
 
 OPS: dict[str, Op] = {
     "block_pool": Op(
         lambda sizes, device: {"x": tensors(sizes, device)["q"], "block_size": sizes.blocks[0]},
         {"x": activation(64, 128), "block_size": BLOCK_SIZE},
+    ),
+    "pool_append_": Op(
+        pool_append_call,
+        {
+            "x": (
+                *activation(64, 128),
+                other_supported_head_dim,
+                size(0, same),
+                size(1, same),
+                size(2, _appended_fits("length")),
+                on_meta,
+                ABSENT,
+            ),
+            "means": (*STATE, size(2, _appended_fits("blocks"))),
+            "sums": (*STATE, size(2, same)),
+            "start": START,
+            "block_size": BLOCK_SIZE,
+        },
     ),
     "select_blocks": Op(
         select_blocks_call,
@@ -371,16 +523,48 @@ OPS: dict[str, Op] = {
         call_of("q", "k", selects=True),
         SELECTION | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS)},
     ),
+    "estimate_grid": Op(
+        call_of("q", "k", selects=True, bands=False, attends=True),
+        RULES | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS), "scale": SCALE},
+    ),
     "sparse_attention": Op(
-        call_of("q", "k", "v", "bits", "counts", attends=True),
-        BLOCKS
+        call_of("q", "k", "v", "bits", "counts", "sinks", attends=True),
+        MASKED
         | {
             "q": (*ATTENDED, Q_HEADS),
             "k": (*ATTENDED, *LIKE_K),
             "v": (*ATTENDED, *LIKE_K),
-            "bits": (*MASK, size(3, same)),
-            "counts": MASK,
-            "scale": SCALE,
+        },
+    ),
+    "sparse_attention_varlen packed": Op(
+        varlen_call(paged=False),
+        VARLEN
+        | {
+            "k": (*PACKED, size(0, same), size(1, same)),
+            "v": (*PACKED, size(0, same), size(1, same)),
+            "cu_seqlens_k": (*LENGTHS, ABSENT),
+            "seqused_k": LENGTHS,
+            "block_table": (given, NOT_A_TENSOR),
+        },
+    ),
+    "sparse_attention_varlen paged": Op(
+        varlen_call(paged=True),
+        VARLEN
+        | {
+            "k": PAGED,
+            "v": PAGED,
+            "cu_seqlens_k": (given, NOT_A_TENSOR),
+            "seqused_k": (*LENGTHS, ABSENT),
+            "block_table": (
+                dtypes(torch.int32),
+                rank,
+                size(0, same),
+                size(1, _pages_fit),
+                last_stride,
+                on_meta,
+                ABSENT,
+                NOT_A_TENSOR,
+            ),
         },
     ),
     "prefill": Op(
@@ -394,6 +578,11 @@ OPS: dict[str, Op] = {
         },
     ),
 }
+
+
+def op_of(name: str) -> Any:
+    """The op behind an entry of OPS."""
+    return getattr(torch.ops.prism, name.split()[0])
 
 
 def gpu_allocations() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ HEAD_DIM = 128
 BANDS = oracle.half_split_bands(HEAD_DIM, 64, 96)
 CONFIG = PrismConfig(top_p=0.7, dense_below=0)
 PER_HEAD = PrismConfig(top_p=(0.3, 0.7, 0.7, 0.9), dense_heads=(3,), dense_below=0)
+GRID_PER_HEAD = dataclasses.replace(PER_HEAD, estimator="grid")
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -58,6 +60,7 @@ CALLS = {
     "chain": op_chain,
     "public": public(CONFIG),
     "per_head": public(PER_HEAD),
+    "grid_per_head": public(GRID_PER_HEAD),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

@@ -34,6 +34,14 @@ def good(name: str, device: str) -> Arguments:
     """Arguments of a right call: 4 query heads, 2 kv heads, 130 queries, 200 keys."""
     if name == "block_pool":
         return {"x": activation(device, 2), "block_size": 64}
+    if name == "pool_append_":
+        return {
+            "x": activation(device, 2),
+            "means": activation(device, 2, 4, dtype=torch.float32),
+            "sums": activation(device, 2, 16, dtype=torch.float32),
+            "start": 70,
+            "block_size": 64,
+        }
     if name == "select_blocks":
         return {
             "q_means": activation(device, 4, 3, dtype=torch.float32),
@@ -52,6 +60,8 @@ def good(name: str, device: str) -> Arguments:
         return {**qkv, **SELECTION, **BLOCKS}
     if name == "estimate_blocks":
         return {"q": qkv["q"], "k": qkv["k"], **SELECTION, **BLOCKS}
+    if name == "estimate_grid":
+        return {"q": qkv["q"], "k": qkv["k"], "top_p": 0.9, **BLOCKS}
     bits, counts = oracle.pack_bits(torch.ones(2, 4, 3, 4, dtype=torch.bool, device=device))
     return {**qkv, "bits": bits, "counts": counts, **BLOCKS}
 
@@ -83,11 +93,30 @@ ACTIVATION: tuple[tuple[str, Change], ...] = (
     ("last stride 2", last_stride_2),
 )
 WRONG: list[tuple[str, str, str, Change, str]] = [
-    ("block_pool", "x", what, change, r"\bx\b") for what, change in ACTIVATION
+    (op, "x", what, change, r"\bx\b")
+    for op in ("block_pool", "pool_append_")
+    for what, change in ACTIVATION
 ]
 WRONG += [
-    ("block_pool", "block_size", str(size), to(size), "block_size")
+    (op, "block_size", str(size), to(size), "block_size")
+    for op in ("block_pool", "pool_append_")
     for size in (0, -64, 32, 63, 96, 256)
+]
+for _name in ("means", "sums"):
+    WRONG += [
+        ("pool_append_", _name, "bfloat16", lambda x: x.bfloat16(), _name),
+        ("pool_append_", _name, "3 dimensions", lambda x: x[0], _name),
+        ("pool_append_", _name, "other batch", lambda x: x[:1], _name),
+        ("pool_append_", _name, "other heads", lambda x: x[:, :1], _name),
+        ("pool_append_", _name, "other head_dim", lambda x: x.repeat(1, 1, 1, 2), _name),
+        ("pool_append_", _name, "not contiguous", lambda x: x.mT.contiguous().mT, _name),
+    ]
+WRONG += [
+    ("pool_append_", "means", "a block too few", lambda x: x[:, :, :3].contiguous(), "means"),
+    ("pool_append_", "sums", "8 rows", lambda x: x[:, :, :8].contiguous(), "sums"),
+    ("pool_append_", "start", "-1", to(-1), "start"),
+    ("pool_append_", "start", "beyond the means", to(127), "means.*start"),
+    ("pool_append_", "start", "beyond 64 bits", to(2**63 - 1), "means.*start"),
 ]
 for _op in ("sparse_attention", "prefill"):
     for _name in ("q", "k", "v"):
@@ -106,6 +135,18 @@ for _op in ("sparse_attention", "prefill"):
         (_op, "v", "1 head", lambda x: x[:, :1], r"\bv\b"),
         (_op, "v", "shorter", lambda x: x[:, :, :199], r"\bv\b"),
         (_op, "k", "longer", lambda x: x.repeat(1, 1, 2, 1), r"\b[kv]\b"),
+    ]
+for _name in ("q", "k"):
+    WRONG += [
+        ("estimate_grid", _name, what, change, rf"\b{_name}\b") for what, change in ACTIVATION
+    ]
+WRONG += [
+    ("estimate_grid", "q", "5 heads", lambda x: x.repeat(1, 2, 1, 1)[:, :5], r"\bq\b.*5.*\bk\b.*2"),
+    ("estimate_grid", "k", "other dtype", other_dtype, r"\bk\b.* dtype"),
+    ("estimate_grid", "k", "other batch", lambda x: x[:1], r"\bk\b.* batch"),
+]
+for _op in ("estimate_grid", "sparse_attention", "prefill"):
+    WRONG += [
         (_op, "scale", "zero", to(0.0), "scale"),
         (_op, "scale", "negative", to(-1.0), "scale"),
         (_op, "scale", "nan", to(math.nan), "scale"),
@@ -161,6 +202,7 @@ for _op in ("select_blocks", "estimate_blocks", "prefill"):
                 NINE_RANGES,
             )
         ]
+for _op in ("select_blocks", "estimate_blocks", "estimate_grid", "prefill"):
     WRONG += [
         (_op, "top_p", str(p), to(p), "top_p") for p in (-0.01, 1.01, math.nan, math.inf, -math.inf)
     ]
@@ -173,7 +215,7 @@ for _op in ("select_blocks", "estimate_blocks", "prefill"):
         for name in ("keep_sink", "keep_recent")
         for value in (-1,)
     ]
-for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "prefill"):
+for _op in ("sparse_attention", "select_blocks", "estimate_blocks", "estimate_grid", "prefill"):
     WRONG += [
         (_op, name, str(size), to(size), "block_size")
         for name in BLOCKS
@@ -191,7 +233,16 @@ def refuse(name: str, arguments: Arguments, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill"]
+    "name",
+    [
+        "block_pool",
+        "pool_append_",
+        "select_blocks",
+        "estimate_blocks",
+        "estimate_grid",
+        "sparse_attention",
+        "prefill",
+    ],
 )
 def test_the_right_call_is_accepted(name: str, device: str) -> None:
     getattr(torch.ops.prism, name)(**good(name, device))
@@ -217,7 +268,23 @@ def test_two_empty_bands_are_refused(name: str, device: str) -> None:
     refuse(name, good(name, device) | {"high_band": [], "low_band": []}, "high_band.*low_band")
 
 
-@pytest.mark.parametrize("name", ["block_pool", "estimate_blocks", "sparse_attention", "prefill"])
+def test_means_and_sums_in_the_same_memory_are_refused(device: str) -> None:
+    arguments = good("pool_append_", device)
+    arguments["means"] = arguments["sums"]
+    refuse("pool_append_", arguments, "means and sums")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "block_pool",
+        "pool_append_",
+        "estimate_blocks",
+        "estimate_grid",
+        "sparse_attention",
+        "prefill",
+    ],
+)
 def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
     arguments = {
         key: value.float() if key in ("x", "q", "k", "v") else value
@@ -236,7 +303,10 @@ def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
         ("prefill", "k"),
         ("prefill", "v"),
         ("estimate_blocks", "k"),
+        ("estimate_grid", "k"),
         ("select_blocks", "k_means"),
+        ("pool_append_", "means"),
+        ("pool_append_", "sums"),
     ],
 )
 def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str) -> None:
@@ -248,6 +318,8 @@ def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str)
 @pytest.mark.parametrize(
     ("name", "argument"),
     [
+        ("pool_append_", "means"),
+        ("pool_append_", "sums"),
         ("select_blocks", "q_means"),
         ("select_blocks", "k_means"),
         ("sparse_attention", "q"),
@@ -257,6 +329,8 @@ def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str)
         ("prefill", "k"),
         ("estimate_blocks", "q"),
         ("estimate_blocks", "k"),
+        ("estimate_grid", "q"),
+        ("estimate_grid", "k"),
     ],
 )
 def test_missing_tensor_is_refused_by_name(name: str, argument: str, device: str) -> None:

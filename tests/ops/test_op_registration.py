@@ -11,13 +11,23 @@ import torch
 from helpers import inputs, oracle
 from helpers.build import attention_inputs, select_inputs
 from helpers.cases import AttentionCase, SelectCase
+from helpers.ragged import RaggedCase, ragged_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import prism_cuda  # noqa: F401  registers the ops
 
 HIGH, LOW = oracle.half_split_bands(64, 32, 48)
-OPS = ("block_pool", "select_blocks", "estimate_blocks", "sparse_attention", "prefill")
-DIFFERENTIABLE = ("block_pool", "sparse_attention", "prefill")
+OPS = (
+    "block_pool",
+    "select_blocks",
+    "estimate_blocks",
+    "estimate_grid",
+    "sparse_attention",
+    "sparse_attention_varlen",
+    "prefill",
+)
+MUTATING = ("pool_append_",)
+DIFFERENTIABLE = ("block_pool", "sparse_attention", "sparse_attention_varlen", "prefill")
 
 
 def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[torch.Tensor]:
@@ -31,6 +41,9 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a small call of the op."""
     if name == "block_pool":
         return (qkv(device)[0], 64), {}
+    if name == "pool_append_":
+        means, sums = (torch.zeros(1, 4, rows, 64, device=device) for rows in (6, 16))
+        return (qkv(device)[0], means, sums, 100, 64), {}
     if name == "select_blocks":
         case = select_inputs(SelectCase("sample", 200, 300, q_heads=4), device)
         return case.op_arguments(), case.settings
@@ -41,6 +54,16 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             device,
         )
         return attention.op_arguments(), attention.settings
+    if name == "estimate_grid":
+        return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
+    if name == "sparse_attention_varlen":
+        ragged = ragged_inputs(
+            RaggedCase("sample", lengths=((70, 200), (0, 3), (130, 130)), page_size=16, sinks=True),
+            torch.bfloat16,
+            device,
+        ).op_arguments()
+        schema = [argument.name for argument in op(name)._schema.arguments]
+        return tuple(ragged[argument] for argument in schema), {}
     tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
     return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
@@ -58,7 +81,7 @@ def assert_same(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPS + MUTATING)
 def test_opcheck(name: str, device: str) -> None:
     arguments, options = sample(name, device)
     torch.library.opcheck(op(name), arguments, options)
@@ -94,10 +117,19 @@ def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> No
 def test_meta_tensors_of_zero_length(name: str) -> None:
     q, k = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 0, 64, device="meta")
     bits = torch.empty(2, 4, 0, 0, device="meta", dtype=torch.int32)
+    if name == "sparse_attention_varlen":
+        ends = bits.new_empty(3)
+        packed = torch.ops.prism.sparse_attention_varlen(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), k[0].transpose(0, 1), bits, bits[..., 0:0],
+            ends, ends, None, None, 0, 0,
+        )  # fmt: skip
+        assert [x.shape for x in packed] == [(0, 4, 64), (4, 0)]
+        return
     calls: dict[str, Callable[[], Any]] = {
         "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
         "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
         "estimate_blocks": lambda: torch.ops.prism.estimate_blocks(q, k, HIGH, LOW, 0.9),
+        "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
         "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
         "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
     }
@@ -189,6 +221,28 @@ def test_no_op_claims_to_mutate_or_alias(name: str) -> None:
     schema = op(name)._schema
     assert not schema.is_mutable
     assert all(value.alias_info is None for value in (*schema.arguments, *schema.returns))
+
+
+@pytest.mark.parametrize("name", MUTATING)
+def test_an_op_in_place_says_what_it_writes(name: str) -> None:
+    schema = op(name)._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["means", "sums"]
+    assert not schema.returns
+
+
+def test_compiled_append_equals_eager(device: str) -> None:
+    def append(x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int) -> None:
+        torch.ops.prism.pool_append_(x, means, sums, start, 64)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(append, fullgraph=True, backend="aot_eager", dynamic=True)
+    states = [[torch.zeros(1, 4, rows, 64, device=device) for rows in (8, 16)] for _ in range(2)]
+    for start, length in ((0, 100), (100, 30), (130, 170)):
+        x = qkv(device, length)[0]
+        append(x, *states[0], start)
+        compiled(x, *states[1], start)
+    assert_same(tuple(states[1]), tuple(states[0]))
 
 
 def test_attention_kernel_names_a_kernel_or_the_reason() -> None:

@@ -232,19 +232,25 @@ def test_any_setting_matches_float64(
     check_selection(kept(made), expected(made))
 
 
-# Around the lengths at which another kernel, another number of values a lane or another cluster
-# of 2, 4, 8 or 16 CTAs begins.
+# Around the lengths at which another kernel, another number of values a lane or a group of 1, 2, 4
+# or 8 warps begins.
 ROW_LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 64, 65, 127, 128, 129, 255, 256, 257, 512, 513, 768, 769,
-               1000, 1023, 1024, 1025, 1500, 2047, 2048, 2049, 3000, 4096, 4097, 8192, 8193, 16383,
-               16384)  # fmt: skip
+               1000, 1023, 1024, 1025, 1500, 1536, 1537, 2047, 2048, 2049, 3072, 3073, 4096, 4097,
+               6145, 8192, 8193, 12288, 12289, 16383, 16384)  # fmt: skip
 
 
 def long_rows(
-    device: str, k_blocks: int, *, top_p: float = 0.9, head_dim: int = 128, **settings: object
+    device: str,
+    k_blocks: int,
+    *,
+    top_p: float = 0.9,
+    head_dim: int = 128,
+    q_blocks: int = 40,
+    **settings: object,
 ) -> SelectInputs:
     """40 query blocks (or as many as there are keys) of 4 heads at the end of long rows."""
     generator = torch.Generator(device).manual_seed(3)
-    q_blocks = min(40, k_blocks)
+    q_blocks = min(q_blocks, k_blocks)
     return SelectInputs(
         torch.randn(1, 4, q_blocks, head_dim, device=device, generator=generator),
         torch.randn(1, 2, k_blocks, head_dim, device=device, generator=generator),
@@ -260,6 +266,24 @@ def test_any_row_length_matches_float64(cuda: str, k_blocks: int) -> None:
     if k_blocks > 100:
         assert 0.05 < want.keep[..., want.visible].double().mean() < 0.95
     check_selection(keep, want)
+
+
+# Enough rows for tiles of 64, and for every CTA to draw one: causal rows of any length among them.
+@pytest.mark.parametrize(
+    ("k_blocks", "head_dim"), [(1100, 128), (2300, 64), (2300, 128), (9000, 128)]
+)
+def test_many_long_rows_match_float64(cuda: str, k_blocks: int, head_dim: int) -> None:
+    multiprocessors = torch.cuda.get_device_properties(cuda).multi_processor_count
+    q_blocks = min(k_blocks, multiprocessors * 64 // 4 + 3)
+    case = long_rows(cuda, k_blocks, head_dim=head_dim, q_blocks=q_blocks)
+    check_selection(kept(case), expected(case))
+
+
+@pytest.mark.parametrize("k_blocks", [1100, 3000])
+def test_long_rows_at_p_1_keep_what_they_see(cuda: str, k_blocks: int) -> None:
+    case = long_rows(cuda, k_blocks, top_p=1.0, q_blocks=k_blocks // 2)
+    keep = kept(case)
+    assert torch.equal(keep, expected(case).visible.expand_as(keep))
 
 
 @pytest.mark.parametrize("k_blocks", [1000, 2048, 5000, 16384])

@@ -72,6 +72,29 @@ def test_official_selection_is_the_package_s(name, size) -> None:
     assert (mask == unpack(bits, mask.shape[-1])).all()
 
 
+@pytest.mark.parametrize("name", ["fine", "fine_128"])
+def test_fine_is_the_package_s_grid(name) -> None:
+    def drift(heads: int) -> torch.Tensor:
+        """Means that change from block to block: noise alone keeps everything."""
+        return torch.randn(1, heads, 11, 128).repeat_interleave(64, 2)[:, :, :LENGTH]
+
+    noise, method = call(), METHODS[name]
+    one = Call(noise.q + 2 * drift(4), noise.k + 2 * drift(2))
+    config = PrismConfig(block_size=(128, method.k_size), estimator="grid", top_p=0.9)
+    bits, _ = reference.estimate_grid(
+        one.q,
+        one.k,
+        config.top_p,
+        keep_above=config.threshold(config.top_p),
+        q_block_size=128,
+        k_block_size=method.k_size,
+    )
+    mask = method.mask(one, config.top_p)
+    kept = unpack(bits, mask.shape[-1])
+    assert (mask == kept).all()
+    assert not (kept == method.blocks(LENGTH).visible()).all()
+
+
 def test_running_energies_make_chunks_equal_the_whole() -> None:
     one = call(512)
     head = Call(one.q[:, :, :256], one.k[:, :, :256])

@@ -34,10 +34,31 @@ constexpr bool head_dim_supported(int64_t head_dim) {
   return head_dim == 64 || head_dim == 128 || head_dim == 256;
 }
 
-// One TMA descriptor covers (rows, head_dim, heads, batch): 16-byte aligned strides and start.
+// Rows that the coordinates of a ragged batch can tell apart (sm90/tensor_map.h).
+constexpr int64_t kMaxSliceRows = 0x7fff0000;
+
+// Rows of one sequence of a ragged batch: x coordinates, with room for a tile beyond.
+constexpr int64_t kMaxSliceLength = (1 << 30) - 256;
+
+// What TMA asks of every tensor: 16-byte aligned strides and start.
 inline bool tma_compatible(const TensorView& x) {
   const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
   return strides % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride > 0;
+}
+
+// Rows from one page of a pool to the next.
+constexpr int64_t page_rows(const TensorView& x) { return x.batch_stride / x.row_stride; }
+
+// Whether TMA can follow the pages of k and v: a page must lie whole rows after the one before, as
+// many in both, and fill the eight rows after which the pattern of shared memory repeats.
+constexpr bool tma_pages_compatible(const TensorView& k, const TensorView& v,
+                                    const RaggedBatch& ragged) {
+  if (k.row_stride <= 0 || v.row_stride <= 0) {
+    return false;
+  }
+  return ragged.page_size() >= 8 && k.batch_stride % k.row_stride == 0 &&
+         v.batch_stride % v.row_stride == 0 && page_rows(k) == page_rows(v) &&
+         (ragged.pages - 1) * page_rows(k) + ragged.page_size() < kMaxSliceRows;
 }
 
 constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits) {
@@ -58,12 +79,26 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
   return {AttentionKernel::kSm80, "sm80"};
 }
 
-// KV heads whose tiles are interleaved: as many as share half of the L2 cache, so that all their
-// query rows, longest first, run against K and V that stay in it.
+// Query tiles of all heads. Of a ragged batch, whose lengths the host does not know, the most that
+// there can be.
+inline int64_t count_tiles(const SparseAttentionParams& params, int tile_m) {
+  if (params.ragged.is_ragged()) {
+    return params.q_heads * ((params.ragged.total_q + params.batch * (tile_m - 1)) / tile_m);
+  }
+  return params.batch * params.q_heads * ((int64_t{params.q_len} + tile_m - 1) / tile_m);
+}
+
+// KV heads whose tiles are interleaved: as many as share most of the L2 cache, so that all their
+// query rows, longest first, run against K and V that stay in it. Evenly shared out, since a small
+// last section would end in a few long rows.
 inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
   const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
-  const int64_t fitting = head_bytes > 0 ? l2_bytes / 2 / head_bytes : kv_heads;
-  return static_cast<int>(fitting < 1 ? 1 : fitting < kv_heads ? fitting : kv_heads);
+  const int64_t fitting = head_bytes > 0 ? l2_bytes * 7 / 10 / head_bytes : kv_heads;
+  if (fitting < 2) {
+    return 1;
+  }
+  const int64_t sections = (kv_heads + fitting - 1) / fitting;
+  return static_cast<int>((kv_heads + sections - 1) / sections);
 }
 
 }  // namespace prism

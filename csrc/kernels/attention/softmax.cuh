@@ -168,17 +168,26 @@ struct OnlineSoftmax {
   }
 
   // Normalizes the output of one row and returns its log-sum-exp: 0 and -inf for an empty row.
+  // `sink` is one more logit of the denominator, without a value; -inf: none.
   template <typename Output>
-  __device__ __forceinline__ float finish(Output& output, int row) const {
+  __device__ __forceinline__ float finish(Output& output, int row, float sink) const {
     using namespace cute;
-    const float total = quad_sum(sum[row]);
-    const float inverse = total == 0.f ? 0.f : 1.f / total;
+    constexpr float kLn2 = 0.6931471805599453f;
+    const float sink_log2 = sink * 1.4426950408889634f;
+    float total = quad_sum(sum[row]);
+    float exponent = base[row];
+    float factor = 1.f;
+    if (sink_log2 > -INFINITY) {
+      exponent = fmaxf(exponent, sink_log2);
+      factor = exp2_approx(base[row] - exponent);
+      total = total * factor + exp2_approx(sink_log2 - exponent);
+    }
+    const float inverse = total == 0.f ? 0.f : factor / total;
 #pragma unroll
     for (int column = 0; column < size<1>(output); ++column) {
       output(row, column) *= inverse;
     }
-    constexpr float kLn2 = 0.6931471805599453f;
-    return total == 0.f ? -INFINITY : base[row] * kLn2 + logf(total);
+    return total == 0.f ? -INFINITY : exponent * kLn2 + logf(total);
   }
 };
 

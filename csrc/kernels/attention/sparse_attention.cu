@@ -2,6 +2,8 @@
 
 #include <cutlass/numeric_types.h>
 
+#include <cstdlib>
+
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/describe.h"
@@ -30,14 +32,14 @@ cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams&
 template <typename Element>
 cudaError_t launch_dtype(AttentionKernel kernel, const SparseAttentionParams& params,
                          cudaStream_t stream) {
-  switch (params.head_dim) {
-    case 64:
-      return launch_head_dim<Element, 64>(kernel, params, stream);
-    case 128:
-      return launch_head_dim<Element, 128>(kernel, params, stream);
-    default:
-      return launch_head_dim<Element, 256>(kernel, params, stream);
+  // A head_dim in between is padded with zeros in shared memory.
+  if (params.head_dim <= 64) {
+    return launch_head_dim<Element, 64>(kernel, params, stream);
   }
+  if (params.head_dim <= 128) {
+    return launch_head_dim<Element, 128>(kernel, params, stream);
+  }
+  return launch_head_dim<Element, 256>(kernel, params, stream);
 }
 
 template <typename Element>
@@ -68,10 +70,17 @@ bool has_sm90_kernels() {
 }
 
 AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm) {
-  const bool tma = params.k_len > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
-                   tma_compatible(params.v);
+  const RaggedBatch& ragged = params.ragged;
+  const int k_rows = ragged.is_paged()    ? ragged.pages
+                     : ragged.is_ragged() ? ragged.total_k
+                                          : params.k_len;
+  const bool tma = k_rows > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
+                   tma_compatible(params.v) &&
+                   (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
+  // Read at every call: benchmarks and tests run both kernels in one process.
+  const bool has_sm90 = has_sm90_kernels() && std::getenv("PRISM_PORTABLE_ATTENTION") == nullptr;
   return choose_attention_kernel(
-      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90_kernels(), tma});
+      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90, tma});
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,
@@ -80,7 +89,8 @@ cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,
   if (choice.kernel == AttentionKernel::kUnsupported) {
     return cudaErrorNotSupported;
   }
-  if (params.batch == 0 || params.q_heads == 0 || params.q_len == 0) {
+  const bool no_rows = params.ragged.is_ragged() && params.ragged.total_q == 0;
+  if (params.batch == 0 || params.q_heads == 0 || params.q_len == 0 || no_rows) {
     return cudaSuccess;
   }
   return params.dtype == DType::kFloat16

@@ -10,6 +10,9 @@ namespace prism {
 // Whether the Hopper kernel was compiled for sm_90a.
 bool has_sm90_kernels();
 
+// What a launch returns if the driver cannot describe a tensor to TMA; nothing else returns it.
+constexpr cudaError_t kTensorMapRefused = cudaErrorInvalidPitchValue;
+
 // The kernel for this call on a GPU of compute capability `sm` (10 * major + minor).
 AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm);
 

@@ -1,44 +1,17 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels/describe.h"
 #include "kernels/launch.h"
 #include "kernels/pool/block_pool.h"
 #include "kernels/pool/emit_means.cuh"
+#include "kernels/pool/load_rows.cuh"
 
 namespace prism {
 
 namespace {
 
 constexpr int kThreads = 32 * kEmitWarps;
-constexpr int kVector = 8;  // elements a thread owns: 16 bytes
 
 // CTAs of a multiprocessor. With eight loads a thread in flight, 6 cover its bandwidth.
 constexpr int min_ctas(bool estimate) { return estimate ? 6 : 8; }
-
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename Element>
-union Pack {
-  uint4 raw;
-  Element element[kVector];
-};
-
-// kAligned: every row starts on 16 bytes, so one load fetches a thread's elements.
-template <typename Element, bool kAligned>
-__device__ Pack<Element> load(const Element* source) {
-  Pack<Element> pack;
-  if constexpr (kAligned) {
-    pack.raw = __ldg(reinterpret_cast<const uint4*>(source));
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-      pack.element[i] = source[i];
-    }
-  }
-  return pack;
-}
 
 // One tensor to pool; a CTA takes `chunk` consecutive blocks of one head.
 struct PoolTask {
@@ -96,6 +69,9 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
                           head / task.heads * task.x.batch_stride +
                           head % task.heads * task.x.head_stride + lane * kVector;
   EnergySums energies;
+  if (kEstimate && blockIdx.x == 0 && threadIdx.x == 0) {
+    *SelectWorkspace(arguments.select).tile_counter = 0;
+  }
   for (int64_t block = first_block; block < end_block; ++block) {
     const int buffer = static_cast<int>(block - first_block) % 2;
     const int64_t first_row = block * task.block_size;
@@ -152,11 +128,6 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
       pad_key_tiles<kHeadDim>(workspace, head, task.blocks, dim / 4);
     }
   }
-}
-
-bool is_aligned(const TensorView& x) {
-  const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
-  return strides % kVector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 template <bool kEstimate>

@@ -13,13 +13,13 @@ constexpr int kTileGroup = 4;  // key tiles that share a read of the queries
 
 // Scores of a thread, as mma leaves them: value i of row tile m is row 16 m + lane / 4 + 8 (i / 2),
 // key 2 (lane % 4) + i % 2 of the tile.
-template <int kTiles, int kRowTiles>
-using Scores = float[kTiles][kRowTiles][4];
+template <int kRowTiles>
+using Scores = float[kTileGroup][kRowTiles][4];
 
-template <int kTiles, int kRowTiles>
-__device__ void clear(Scores<kTiles, kRowTiles>& scores) {
+template <int kRowTiles>
+__device__ void clear(float (&scores)[kTileGroup][kRowTiles][4]) {
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j) {
+  for (int j = 0; j < kTileGroup; ++j) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -28,6 +28,13 @@ __device__ void clear(Scores<kTiles, kRowTiles>& scores) {
       }
     }
   }
+}
+
+// threadIdx.x, read anew: what it gives need not be kept in registers.
+__device__ inline int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
 }
 
 // Slices of 16 dimensions that hold any of the band's.
@@ -53,21 +60,48 @@ __device__ inline void mma(float (&d)[4], uint4 a, uint32_t b0, uint32_t b1) {
 template <int kHeadDim, int kRowTiles>
 using QueryTiles = uint4[kRowTiles][kHeadDim / kDimSlice][2][32];
 
-// A warp's tiles lie kStride apart.
-template <int kHeadDim, int kRowTiles, int kThreads, int kStages, int kStride>
+// How a warp walks over the key tiles of a head, in uint4.
+template <int kHeadDim>
+struct TileWalk {
+  static constexpr int kTile = kHeadDim / kDimSlice * 32;  // of one tile
+
+  int lane;   // where a lane begins
+  int tile;   // from a tile to the next of its group
+  int group;  // from a group of kTileGroup tiles to the next
+
+  // Tiles go around kWarps warps: column n of a tile is its key block n.
+  template <int kWarps>
+  __device__ static TileWalk one_by_one() {
+    const int thread = static_cast<int>(threadIdx.x);
+    return {thread / 32 * kTile + thread % 32, kWarps * kTile, kTileGroup * kWarps * kTile};
+  }
+
+  // Groups of 32 key blocks go around: column n of tile j is key block 8 (n / 2) + 2 j + n % 2 of
+  // the group, so that a thread's scores of a row are those of eight neighbours.
+  template <int kWarps>
+  __device__ static TileWalk by_groups() {
+    const int thread = thread_anew();
+    const int lane = thread % 32;
+    return {(thread / 32 * kTileGroup + lane / 8) * kTile + lane % 8, 8,
+            kTileGroup * kWarps * kTile};
+  }
+};
+
+template <int kHeadDim, int kRowTiles, int kThreads, int kStages>
 class KeyStream {
  public:
   static constexpr int kSlices = kHeadDim / kDimSlice;
   using Buffer = uint4[kStages][kTileGroup][kThreads];
+  using Walk = TileWalk<kHeadDim>;
 
   // `head_tiles`, of the kv head, is read where it lies: registers are for scores.
-  __device__ KeyStream(Buffer& buffer, const uint4* const& head_tiles)
-      : buffer_(buffer), head_tiles_(head_tiles) {}
+  __device__ KeyStream(Buffer& buffer, const uint4* const& head_tiles, Walk walk)
+      : buffer_(buffer), head_tiles_(head_tiles), walk_(walk) {}
 
-  // Begins to copy this warp's `count` tiles from `first` on: the slices of 16 dimensions that are
-  // set in `slices`.
-  __device__ void start(int first, int count, uint32_t slices) {
-    source_ = first * (kSlices * 32) + static_cast<int>(threadIdx.x % 32);
+  // Begins to copy this warp's first `count` tiles: the slices of 16 dimensions that are set in
+  // `slices`.
+  __device__ void start(int count, uint32_t slices) {
+    source_ = walk_.lane;
     left_ = count;
     slices_ = slices;
     left_slices_ = slices;
@@ -78,12 +112,11 @@ class KeyStream {
     }
   }
 
-  // Adds the scores of the next kTileGroup tiles to scores[kFirst] and on; what lies beyond the
-  // last tile becomes garbage.
-  template <int kFirst, int kTiles>
+  // The scores of the next kTileGroup tiles; what lies beyond the last tile becomes garbage.
   __device__ void score(const QueryTiles<kHeadDim, kRowTiles>& queries, uint32_t slices,
-                        Scores<kTiles, kRowTiles>& scores) {
+                        Scores<kRowTiles>& scores) {
     const int lane = threadIdx.x % 32;
+    clear(scores);
 #pragma unroll 1
     for (uint32_t left = slices; left != 0; left &= left - 1) {
       const int slice = __ffs(static_cast<int>(left)) - 1;
@@ -97,7 +130,7 @@ class KeyStream {
 #pragma unroll
       for (int j = 0; j < kTileGroup; ++j) {
         const uint4 k = buffer_[slot_][j][threadIdx.x];  // {high, high, low, low}
-        auto& d = scores[kFirst + j];
+        auto& d = scores[j];
         // Low x low is below float32's last bit.
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -130,7 +163,7 @@ class KeyStream {
         if (j < left_) {
           asm volatile(
               "cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(target + j * kThreads * 16),
-              "l"(source + j * (kStride * kSlices * 32))
+              "l"(source + j * walk_.tile)
               : "memory");
         }
       }
@@ -138,7 +171,7 @@ class KeyStream {
       if (left_slices_ == 0) {
         left_slices_ = slices_;
         left_ -= kTileGroup;
-        source_ += kTileGroup * (kStride * kSlices * 32);
+        source_ += walk_.group;
       }
     }
     asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -146,6 +179,7 @@ class KeyStream {
 
   Buffer& buffer_;
   const uint4* const& head_tiles_;
+  const Walk walk_;
   int source_ = 0;  // of the tile group that is copied next
   int left_ = 0;    // tiles from there on
   uint32_t slices_ = 0;

@@ -11,6 +11,9 @@
 namespace prism {
 
 template <int kHeadDim>
+cudaError_t select_bytes(const SelectBlocksParams& params, int64_t* bytes);
+
+template <int kHeadDim>
 cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t stream);
 
 template <int kHeadDim>

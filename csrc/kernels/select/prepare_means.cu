@@ -40,6 +40,9 @@ __global__ void __launch_bounds__(kThreads)
   const float* source = static_cast<const float*>(means.data) + head / heads * means.batch_stride +
                         head % heads * means.head_stride + lane * 4;
   const SelectWorkspace workspace(params);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *workspace.tile_counter = 0;
+  }
   EnergySums energies;
   for (int64_t block = first_block + warp; block < end_block; block += kEmitWarps) {
     float4 mean = {0.f, 0.f, 0.f, 0.f};

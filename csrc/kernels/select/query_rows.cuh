@@ -16,28 +16,32 @@ struct RowTile {
   int kv_head;              // over the batch
   int rows;                 // that exist
   int group;                // query heads of a kv head
-  int everywhere_visible;   // keys that every row sees
   int scored_words;         // mask words of keys that some row sees; 0: all are kept, unscored
   const uint4* head_tiles;  // of the kv head
   uint32_t slices[2];       // of 16 dimensions that hold any of the high, the low band
 
-  // Tile `index` of those of kRows rows. The last rows see the most keys: they go first.
+  // Tiles of kRows rows that a kv head has.
+  template <int kRows>
+  __device__ static int count(const SelectBlocksParams& params) {
+    const int rows = params.q_heads / params.kv_heads * static_cast<int>(params.q_blocks);
+    return (rows + kRows - 1) / kRows;
+  }
+
+  // Tile `index` of a kv head, from the last: the last rows see the most keys and go first.
   template <int kHeadDim, int kRows>
-  __device__ static RowTile make(const SelectBlocksParams& params, int index) {
-    const int kv_heads = static_cast<int>(params.batch) * params.kv_heads;
+  __device__ static RowTile make(const SelectBlocksParams& params, int kv_head, int index) {
     const int group = params.q_heads / params.kv_heads;
     const int rows = group * static_cast<int>(params.q_blocks);
-    const int first = ((rows + kRows - 1) / kRows - 1 - index / kv_heads) * kRows;
+    const int first = (count<kRows>(params) - 1 - index) * kRows;
     const int last = min(first + kRows, rows) - 1;
     const SelectWorkspace workspace(params);
     return {first,
-            index % kv_heads,
+            kv_head,
             last - first + 1,
             group,
-            row_range(params, first / group).visible,
             params.top_p < 1.0 ? (row_range(params, last / group).visible + 31) / 32 : 0,
             workspace.key_tiles +
-                index % kv_heads * (workspace.padded_keys / kKeyTile) * (kHeadDim / kDimSlice * 32),
+                kv_head * (workspace.padded_keys / kKeyTile) * (kHeadDim / kDimSlice * 32),
             {band_slices(params.high), band_slices(params.low)}};
   }
 
@@ -105,12 +109,71 @@ struct RowTile {
     return factor.inverse;
   }
 
+  // Band 0 or 1, the first that has dimensions, and the last.
+  __device__ int first_band() const { return slices[0] != 0 ? 0 : 1; }
+  __device__ int last_band() const { return slices[1] != 0 ? 1 : 0; }
+
   __device__ uint32_t* row_words(const SelectBlocksParams& params, int row) const {
     const int64_t words = (params.k_blocks + 31) / 32;
     return params.bits + (q_head(row) * params.q_blocks + q_block(row)) * words;
   }
   __device__ int32_t* row_count(const SelectBlocksParams& params, int row) const {
     return params.counts + q_head(row) * params.q_blocks + q_block(row);
+  }
+};
+
+// A CTA's tile of query rows in shared memory, prepared by half warps, a row each.
+template <int kHeadDim_, int kRowTiles_, int kThreads>
+struct QueryRows {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kRows = 16 * kRowTiles;
+
+  QueryTiles<kHeadDim, kRowTiles> queries;
+  RowTile tile;
+  float band_scale[2][kRows];
+  int visible[kRows];
+  // Of each band: the next one's are written while rows are still searched.
+  float scale[2][kRows];  // from scores to base 2 logits
+  int keep_all[2][kRows];
+
+  __device__ void set_up(const SelectBlocksParams& params) {
+    each_row([&](int row) {
+      const bool exists = row < tile.rows;
+      const float2 scales = tile.band_scales(params, exists ? row : 0);
+      if (threadIdx.x % kRowLanes == 0) {
+        band_scale[0][row] = scales.x;
+        band_scale[1][row] = scales.y;
+        visible[row] = exists ? row_range(params, tile.q_block(row)).visible : 0;
+        keep_all[0][row] = params.top_p >= 1.0;
+        keep_all[1][row] = 0;
+      }
+      __syncwarp();
+    });
+  }
+
+  // By the threads that set a row up.
+  __device__ void write_queries(const SelectBlocksParams& params, int band) {
+    each_row([&](int row) {
+      const float unscale = tile.template write_query<kHeadDim, kRowTiles>(
+          params, band == 0 ? params.high : params.low, row, visible[row] > 0, queries);
+      if (threadIdx.x % kRowLanes == 0) {
+        const float factor = band_scale[band][row] * unscale;
+        // A row whose temperature is undefined keeps all it sees: nothing is known about it.
+        keep_all[band][row] = !isfinite(factor);
+        scale[band][row] = factor;
+      }
+    });
+  }
+
+ private:
+  template <typename F>
+  __device__ static void each_row(F f) {
+    static_assert(kRows % 2 == 0);  // whole warps
+#pragma unroll 1
+    for (int row = thread_anew() / kRowLanes; row < kRows; row += kThreads / kRowLanes) {
+      f(row);
+    }
   }
 };
 

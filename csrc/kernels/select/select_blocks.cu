@@ -7,6 +7,17 @@
 
 namespace prism {
 
+cudaError_t select_workspace_bytes(const SelectBlocksParams& params, int64_t* bytes) {
+  switch (params.head_dim) {
+    case 64:
+      return select_bytes<64>(params, bytes);
+    case 128:
+      return select_bytes<128>(params, bytes);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 cudaError_t launch_select_blocks(const SelectBlocksParams& params, int sm, cudaStream_t stream) {
   if (params.batch == 0 || params.q_heads == 0 || params.q_blocks == 0) {
     return cudaSuccess;

@@ -1,5 +1,5 @@
-// Exact top-p over one row that a warp holds in registers: value j of a lane is key 32 j + lane, so
-// that a ballot over value j is word j of the mask.
+// Exact top-p over one row that a warp, or a group of warps, holds in registers: value j of a lane
+// is key 32 j + lane of its warp's part, so that a ballot over value j is word j of the mask.
 #pragma once
 
 #include <cfloat>
@@ -7,6 +7,7 @@
 
 #include "kernels/select/interpolate.cuh"
 #include "kernels/select/row_range.cuh"
+#include "kernels/select/warp_team.cuh"
 
 namespace prism {
 
@@ -28,17 +29,26 @@ struct KeepRules {
   }
 };
 
-template <int kValues>
+template <int kValues, typename Team>
 class WarpRow {
  public:
-  // The lane's word of what the row keeps. Where a score or the total is not finite, nothing is
-  // known about the row, and all it sees is kept. `scale` turns scores into base 2 logits.
-  __device__ static uint32_t select(const float* scores, int visible, float scale,
-                                    const KeepRules& rules) {
-    WarpRow row;
-    row.load(scores, visible);
+  static constexpr int kWords = (kValues + 31) / 32;  // of a lane
+
+  // What the row keeps of this warp's part: word 32 i + lane in words[i]. Where a score or the
+  // total is not finite, nothing is known about the row, and all it sees is kept. load(i) is the
+  // score of the part's key i + lane, `scale` turns it into a base 2 logit; the row sees the part's
+  // first `part` keys (none if negative), `visible` in all parts.
+  template <typename Load>
+  __device__ static void select(Load load, int part, int visible, float scale,
+                                const KeepRules& rules, Team& team, uint32_t (&words)[kWords]) {
+    WarpRow row(team);
+    row.load(load, part);
     if (!row.weigh(scale)) {
-      return range_bits(lane(), 0, visible);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        words[i] = range_bits(i * 32 + lane(), 0, part);
+      }
+      return;
     }
     Cut cut = {INFINITY, kAll};
     if (rules.target > 0) {
@@ -48,7 +58,7 @@ class WarpRow {
     if (least <= cut.weight) {
       cut = {least, kAll};
     }
-    return row.mark(cut);
+    row.mark(cut, words);
   }
 
  private:
@@ -63,12 +73,15 @@ class WarpRow {
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-  __device__ void load(const float* scores, int visible) {
+  __device__ explicit WarpRow(Team& team) : team_(team) {}
+
+  template <typename Load>
+  __device__ void load(Load load, int part) {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       x_[j] = -INFINITY;
-      if (j * 32 + lane() < visible) {
-        x_[j] = scores[j * 32 + lane()];
+      if (j * 32 + lane() < part) {
+        x_[j] = load(j * 32);
       }
     }
   }
@@ -80,22 +93,18 @@ class WarpRow {
     for (int j = 1; j < kValues; ++j) {
       largest = fmaxf(largest, x_[j]);
     }
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, offset));
-    }
+    largest = team_.max(largest);
     float sums[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       x_[j] = exp2_approximate((x_[j] - largest) * scale);
       sums[j % 2] += x_[j];
     }
-    total_ = sums[0] + sums[1];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-      total_ += __shfl_xor_sync(kWarp, total_, offset);
-    }
-    per_weight_ = __fdiv_rn(kProbabilityOne, total_);
+    total_ = team_.sum(sums[0] + sums[1]);
+    // A Newton step makes up for the approximate reciprocal. A division, here as below, may call a
+    // function, before which the values would have to leave their registers.
+    const float inverse = reciprocal_approximate(total_);
+    per_weight_ = kProbabilityOne * fmaf(inverse, fmaf(-total_, inverse, 1.f), inverse);
     return isfinite(largest * scale) && isfinite(total_);
   }
 
@@ -107,8 +116,8 @@ class WarpRow {
   __device__ Cut search(const KeepRules& rules, int visible) const {
     const uint32_t target = rules.target;
     // Weights up to here cannot make up what the target leaves, even with all sums rounded.
-    const float floor =
-        ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ / static_cast<float>(visible);
+    const float floor = ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ *
+                        reciprocal_approximate(static_cast<float>(visible));
     Bracket bracket(fmaxf(floor, 0.f), 1.f, rules.top_p);
     uint32_t above_low = static_cast<uint32_t>(kProbabilityOne);
     uint32_t above_high = 0;
@@ -118,11 +127,14 @@ class WarpRow {
       const float threshold = __uint_as_float(bits);
       // Few weights are left, or many that are nearly equal: try the threshold's neighbours too.
       const bool close =
-          pass >= 8 || static_cast<float>(above_low - above_high) < 16.f * threshold * per_weight_;
-      uint32_t next_above = 0;
-      uint32_t next_below = 0;
-      const uint32_t above =
-          close ? sum_and_neighbours(threshold, next_above, next_below) : sum_above(threshold);
+          pass >= 8 || static_cast<float>(above_low - above_high) < 32.f * threshold * per_weight_;
+      Above found = {};
+      if (close) {
+        found = sum_and_neighbours(threshold);
+      } else {
+        found.sum = sum_above(threshold);
+      }
+      const auto [above, next_above, next_below] = found;
       const float probability = static_cast<float>(above) * (1.f / kProbabilityOne);
       if (above >= target) {
         if (close && above < target + fixed(__uint_as_float(next_above))) {
@@ -141,8 +153,12 @@ class WarpRow {
     // Equal weights: as many as the sum still lacks.
     const float weight = __uint_as_float(bracket.high());
     const double lacking = static_cast<double>(target) - above_high;
-    return {weight, static_cast<uint32_t>(
-                        min(ceil(lacking / (static_cast<double>(weight) * per_weight_)), 1e9))};
+    const double each = static_cast<double>(weight) * per_weight_;
+    float ties =
+        ceilf(static_cast<float>(lacking) * reciprocal_approximate(static_cast<float>(each)));
+    ties += ties * each < lacking ? 1.f : 0.f;
+    ties -= (ties - 1.f) * each >= lacking ? 1.f : 0.f;
+    return {weight, static_cast<uint32_t>(fminf(ties, 1e9f))};
   }
 
   __device__ uint32_t sum_above(float threshold) const {
@@ -153,12 +169,10 @@ class WarpRow {
         sums[j % 2] += x_[j];
       }
     }
-    return __reduce_add_sync(kWarp, fixed(sums[0] + sums[1]));
+    return team_.sum(fixed(sums[0] + sums[1]));
   }
 
-  // Also the bits of the lowest weight above the threshold and of the highest that is not.
-  __device__ uint32_t sum_and_neighbours(float threshold, uint32_t& next_above,
-                                         uint32_t& next_below) const {
+  __device__ Above sum_and_neighbours(float threshold) const {
     float sums[2] = {0.f, 0.f};
     float lowest = INFINITY;
     float highest = 0.f;
@@ -171,44 +185,48 @@ class WarpRow {
         highest = fmaxf(highest, x_[j]);
       }
     }
-    next_above = __reduce_min_sync(kWarp, __float_as_uint(lowest));
-    next_below = __reduce_max_sync(kWarp, __float_as_uint(highest));
-    return __reduce_add_sync(kWarp, fixed(sums[0] + sums[1]));
+    return team_.all({fixed(sums[0] + sums[1]), __float_as_uint(lowest), __float_as_uint(highest)});
   }
 
-  __device__ uint32_t mark(Cut cut) const {
+  __device__ void mark(Cut cut, uint32_t (&words)[kWords]) const {
     cut.weight = fmaxf(cut.weight, FLT_MIN);  // hidden keys weigh 0
-    uint32_t word = 0;
-    uint32_t ties = 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      words[i] = 0;
+    }
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       const uint32_t kept = __ballot_sync(kWarp, x_[j] >= cut.weight);
-      word = lane() == j ? kept : word;
+      words[j / 32] = lane() == j % 32 ? kept : words[j / 32];
     }
     if (cut.ties == kAll) {
-      return word;
+      return;
     }
+    uint32_t ties = 0;
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
       ties += x_[j] == cut.weight ? 1 : 0;
     }
-    return __reduce_add_sync(kWarp, ties) > cut.ties ? drop_ties(word, cut) : word;
+    uint32_t before;  // in the parts ahead of this one
+    if (team_.sum(ties, before) > cut.ties) {
+      drop_ties(words, cut.weight, cut.ties - min(before, cut.ties));
+    }
   }
 
-  __device__ uint32_t drop_ties(uint32_t word, Cut cut) const {
-    uint32_t left = cut.ties;
+  // Keeps `left` of those that equal `weight`, the lowest keys.
+  __device__ void drop_ties(uint32_t (&words)[kWords], float weight, uint32_t left) const {
 #pragma unroll
     for (int j = 0; j < kValues; ++j) {
-      uint32_t dropped = __ballot_sync(kWarp, x_[j] == cut.weight);
+      uint32_t dropped = __ballot_sync(kWarp, x_[j] == weight);
 #pragma unroll 1
       for (; left > 0 && dropped != 0; --left) {
         dropped &= dropped - 1;
       }
-      word = lane() == j ? word & ~dropped : word;
+      words[j / 32] &= lane() == j % 32 ? ~dropped : ~0u;
     }
-    return word;
   }
 
+  Team& team_;
   float x_[kValues];  // scores, then weights; hidden keys -inf, then 0
   float total_;
   float per_weight_;  // what a weight is multiplied by to give a probability in fixed point

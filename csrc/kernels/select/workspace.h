@@ -1,5 +1,5 @@
 // What pooling leaves for selection in one allocation: partial band energies, and the key means in
-// the order in which tensor cores read them.
+// the order in which tensor cores read them; and where selection keeps the scores of long rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,6 +29,8 @@ struct EnergyChunks {
 };
 
 struct SelectWorkspace {
+  // The next tile of long rows that a CTA draws; pooling sets it to 0.
+  int* tile_counter;
   // (batch, q_heads + kv_heads, 3, kMaxEnergyChunks): sums of squares of the means. Chunks up to
   // the next multiple of 4 are zero, what follows is not written.
   float* energies;
@@ -38,22 +40,28 @@ struct SelectWorkspace {
   // dimensions 4 t to 4 t + 3 of key block j, scaled by a power of two and split into the float16
   // nearest and the float16 of the rest: {high 01, high 23, low 01, low 23}.
   uint4* key_tiles;
+  // (CTAs of long rows, rows of a tile, padded_keys); none where rows are short.
+  float* strips;
   int64_t padded_keys;
 
   __host__ __device__ explicit SelectWorkspace(const SelectBlocksParams& params)
       : padded_keys((params.k_blocks + kKeyPadding - 1) / kKeyPadding * kKeyPadding) {
     const int64_t heads = params.batch * (params.q_heads + params.kv_heads);
-    energies = static_cast<float*>(params.workspace);
+    constexpr int kLine = 128;  // what follows starts on lines of this many bytes
+    tile_counter = static_cast<int*>(params.workspace);
+    energies = static_cast<float*>(params.workspace) + kLine / sizeof(float);
     key_scales = energies + heads * kBandEnergies * kMaxEnergyChunks;
-    key_tiles = reinterpret_cast<uint4*>(key_scales + params.batch * params.kv_heads * padded_keys);
+    const int64_t keys = params.batch * params.kv_heads * padded_keys;
+    key_tiles = reinterpret_cast<uint4*>(key_scales + keys);
+    strips = key_scales + keys * (1 + params.head_dim);
   }
 
-  static int64_t bytes(const SelectBlocksParams& params) {
+  static int64_t bytes(const SelectBlocksParams& params, int64_t strip_rows) {
     SelectBlocksParams at_zero = params;
     at_zero.workspace = nullptr;
     const SelectWorkspace layout(at_zero);
-    const int64_t tiles = params.batch * params.kv_heads * layout.padded_keys * params.head_dim;
-    return reinterpret_cast<intptr_t>(layout.key_tiles) + tiles * 4;
+    return reinterpret_cast<intptr_t>(layout.strips) +
+           strip_rows * layout.padded_keys * int64_t{sizeof(float)};
   }
 
   __host__ __device__ float* head_energies(int64_t head) const {

@@ -12,7 +12,7 @@
 #include "kernels/attention/sm80/config.h"
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/softmax.cuh"
-#include "kernels/attention/tile_coord.h"
+#include "kernels/attention/tile_finder.cuh"
 #include "kernels/describe.h"
 
 namespace prism::sm80 {
@@ -23,6 +23,44 @@ constexpr int kVector = 8;        // elements of one 16-byte chunk
 constexpr int kAtomColumns = 64;  // elements of one swizzled shared-memory row
 constexpr int kRowThreads = kAtomColumns / kVector;
 
+// Rows at a fixed distance; those at and above `valid` do not exist.
+template <typename Element>
+struct StridedRows {
+  const Element* first;
+  int64_t stride;
+  int valid;
+
+  __device__ bool find(int row, const Element*& address) const {
+    address = first + (row < valid ? row * stride : 0);
+    return row < valid;
+  }
+};
+
+// Rows that lie in the pages of one sequence. A row in no page of the pool does not exist.
+template <typename Element>
+struct PagedRows {
+  const Element* pool;
+  const TensorView& view;
+  const RaggedBatch& ragged;
+  const int32_t* pages;  // of the sequence
+  int first_key;
+  int valid;
+
+  __device__ bool find(int row, const Element*& address) const {
+    address = pool;
+    if (row >= valid) {
+      return false;
+    }
+    const int key = first_key + row;
+    const int32_t page = __ldg(pages + (key >> ragged.page_shift));
+    if (static_cast<uint32_t>(page) >= static_cast<uint32_t>(ragged.pages)) {
+      return false;
+    }
+    address += page * view.batch_stride + (key & (ragged.page_size() - 1)) * view.row_stride;
+    return true;
+  }
+};
+
 // A thread's share of the copies between kRows global rows and a swizzled shared tile: chunk
 // `threadIdx.x % 8` of every 128-byte segment, of the rows threadIdx.x / 8 + i * kRowStep.
 template <typename Config>
@@ -30,10 +68,9 @@ struct RowCopy {
   using Element = typename Config::Element;
   static constexpr int kRowStep = Config::kThreads / kRowThreads;
 
-  // Rows at and above rows_valid become zeros and are not read.
-  template <typename SmemTensor>
-  __device__ static void load(const Element* source, int64_t row_stride, int rows_valid,
-                              bool aligned, SmemTensor& smem) {
+  // Rows that do not exist and columns from `columns` on become zeros and are not read.
+  template <typename Rows, typename SmemTensor>
+  __device__ static void load(const Rows& rows, int columns, bool aligned, SmemTensor& smem) {
     constexpr int kRows = decltype(size<0>(smem))::value;
     const int first_row = threadIdx.x / kRowThreads;
     const int first_column = threadIdx.x % kRowThreads * kVector;
@@ -41,24 +78,28 @@ struct RowCopy {
 #pragma unroll
       for (int i = 0; i < kRows / kRowStep; ++i) {
         const int row = first_row + i * kRowStep;
-        const bool valid = row < rows_valid;
-        const Element* chunk = source + (valid ? row * row_stride : 0) + first_column;
+        const Element* address;
+        const bool exists = rows.find(row, address);
 #pragma unroll
         for (int column = 0; column < Config::kHeadDim; column += kAtomColumns) {
+          const bool valid = exists && first_column + column < columns;
           SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>::copy(
-              *reinterpret_cast<const uint128_t*>(chunk + column),
+              *reinterpret_cast<const uint128_t*>(valid ? address + first_column + column
+                                                        : address),
               *reinterpret_cast<uint128_t*>(&smem(row, first_column + column)), valid);
         }
       }
     } else {
 #pragma unroll 1
       for (int row = first_row; row < kRows; row += kRowStep) {
+        const Element* address;
+        const bool exists = rows.find(row, address);
 #pragma unroll 1
         for (int column = first_column; column < Config::kHeadDim; column += kAtomColumns) {
+          const bool valid = exists && column < columns;
 #pragma unroll 1
           for (int i = 0; i < kVector; ++i) {
-            smem(row, column + i) =
-                row < rows_valid ? source[row * row_stride + column + i] : Element(0.f);
+            smem(row, column + i) = valid ? address[column + i] : Element(0.f);
           }
         }
       }
@@ -66,7 +107,7 @@ struct RowCopy {
   }
 
   template <typename SmemTensor>
-  __device__ static void store(Element* target, int64_t row_stride, int rows_valid,
+  __device__ static void store(Element* target, int64_t row_stride, int rows_valid, int columns,
                                const SmemTensor& smem) {
     constexpr int kRows = decltype(size<0>(smem))::value;
     const int first_row = threadIdx.x / kRowThreads;
@@ -77,8 +118,10 @@ struct RowCopy {
       if (row < rows_valid) {
 #pragma unroll
         for (int column = 0; column < Config::kHeadDim; column += kAtomColumns) {
-          *reinterpret_cast<uint128_t*>(target + row * row_stride + first_column + column) =
-              *reinterpret_cast<const uint128_t*>(&smem(row, first_column + column));
+          if (first_column + column < columns) {
+            *reinterpret_cast<uint128_t*>(target + row * row_stride + first_column + column) =
+                *reinterpret_cast<const uint128_t*>(&smem(row, first_column + column));
+          }
         }
       }
     }
@@ -94,24 +137,47 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   constexpr int kTileN = Config::kTileN;
   constexpr int kHeadDim = Config::kHeadDim;
 
-  const int q_tiles = (params.q_len + kTileM - 1) / kTileM;
+  const RaggedBatch& ragged = params.ragged;
   const int q_blocks = (params.q_len + params.q_block_size - 1) / params.q_block_size;
   const int k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
-  const TileCoord tile(params, static_cast<int>(blockIdx.x), q_tiles, section);
-  const TileRows rows(params, tile.q_block, kTileM);
+  Tile tile;
+  if (!TileFinder<kTileM>(params, section).find(static_cast<int>(blockIdx.x), tile)) {
+    return;
+  }
+  const Sequence& sequence = tile.sequence;
+  const TileRows rows(sequence.q_len, sequence.k_len, params.causal, tile.q_block, kTileM);
 
+  const int64_t q_row = sequence.q_start + rows.first;
   const Element* q = static_cast<const Element*>(params.q.data) +
-                     tile.batch * params.q.batch_stride + tile.q_head * params.q.head_stride +
-                     rows.first * params.q.row_stride;
-  const Element* k = static_cast<const Element*>(params.k.data) +
-                     tile.batch * params.k.batch_stride + tile.kv_head * params.k.head_stride;
-  const Element* v = static_cast<const Element*>(params.v.data) +
-                     tile.batch * params.v.batch_stride + tile.kv_head * params.v.head_stride;
-  const int64_t head_index = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
+                     sequence.batch * params.q.batch_stride + tile.q_head * params.q.head_stride +
+                     q_row * params.q.row_stride;
+  const auto first_key_of_head = [&](const TensorView& x) {
+    const auto* head = static_cast<const Element*>(x.data) + tile.kv_head * x.head_stride;
+    return ragged.is_paged()
+               ? head
+               : head + sequence.batch * x.batch_stride + sequence.k_start * x.row_stride;
+  };
+  const Element* k = first_key_of_head(params.k);
+  const Element* v = first_key_of_head(params.v);
+  const int64_t head_index = static_cast<int64_t>(sequence.batch) * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
       params.bits +
       (head_index * q_blocks + rows.first / params.q_block_size) * ((k_blocks + 31) / 32);
   BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
+  // Loads kTileN keys or values from key n * kTileN on.
+  const auto load_keys = [&](const TensorView& x, const Element* base, int n, auto& smem) {
+    const int first_key = n * kTileN;
+    const int valid = sequence.k_len - first_key;
+    if (ragged.is_paged()) {
+      const int32_t* pages = ragged.block_table + sequence.batch * ragged.table_stride;
+      RowCopy<Config>::load(PagedRows<Element>{base, x, ragged, pages, first_key, valid},
+                            params.head_dim, aligned, smem);
+    } else {
+      RowCopy<Config>::load(
+          StridedRows<Element>{base + first_key * x.row_stride, x.row_stride, valid},
+          params.head_dim, aligned, smem);
+    }
+  };
 
   extern __shared__ uint128_t smem[];
   Element* smem_q = reinterpret_cast<Element*>(smem);
@@ -145,10 +211,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
   int n = kept.next();
   if (n >= 0) {
-    RowCopy<Config>::load(q, params.q.row_stride, rows.valid, aligned, sQ);
+    RowCopy<Config>::load(StridedRows<Element>{q, params.q.row_stride, rows.valid}, params.head_dim,
+                          aligned, sQ);
     auto sK = make_tensor(make_smem_ptr(smem_k), typename Config::SmemLayoutKV{});
-    RowCopy<Config>::load(k + static_cast<int64_t>(n) * kTileN * params.k.row_stride,
-                          params.k.row_stride, params.k_len - n * kTileN, aligned, sK);
+    load_keys(params.k, k, n, sK);
     cp_async_fence();
   }
 
@@ -157,14 +223,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     const int n_next = kept.next();
     cp_async_wait<0>();
     __syncthreads();  // K of this tile is there; everyone is done with the previous tile
-    RowCopy<Config>::load(v + static_cast<int64_t>(n) * kTileN * params.v.row_stride,
-                          params.v.row_stride, params.k_len - n * kTileN, aligned, sV);
+    load_keys(params.v, v, n, sV);
     cp_async_fence();
     if (n_next >= 0) {
       auto sK_next = make_tensor(make_smem_ptr(smem_k + (stage ^ 1) * Config::kSizeKV),
                                  typename Config::SmemLayoutKV{});
-      RowCopy<Config>::load(k + static_cast<int64_t>(n_next) * kTileN * params.k.row_stride,
-                            params.k.row_stride, params.k_len - n_next * kTileN, aligned, sK_next);
+      load_keys(params.k, k, n_next, sK_next);
     }
     cp_async_fence();
 
@@ -189,10 +253,10 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
     const int first_key = n * kTileN;
-    if (rows.needs_mask(params, first_key, kTileN)) {
+    if (rows.needs_mask(first_key, kTileN)) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
-        const int last_key = rows.last_key(params, row_in_tile(row));
+        const int last_key = rows.last_key(row_in_tile(row));
 #pragma unroll
         for (int column = 0; column < size<1>(rS_rows); ++column) {
           const int key = first_key + column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
@@ -234,10 +298,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   }
 
   // Epilogue: through shared memory, where a warp reads and writes its own rows of Q only.
-  float* lse = params.lse + head_index * params.q_len + rows.first;
+  float* lse = params.lse + (ragged.is_ragged() ? tile.q_head * int64_t{ragged.total_q} + q_row
+                                                : head_index * params.q_len + rows.first);
+  const float sink = params.sinks == nullptr ? -INFINITY : __ldg(params.sinks + tile.q_head);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const float row_lse = softmax.finish(rO_rows, row);
+    const float row_lse = softmax.finish(rO_rows, row, sink);
     if (threadIdx.x % 4 == 0 && row_in_tile(row) < rows.valid) {
       lse[row_in_tile(row)] = row_lse;
     }
@@ -255,17 +321,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     }
   }
   __syncthreads();
-  RowCopy<Config>::store(
-      static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
-          tile.q_head * params.out.head_stride + rows.first * params.out.row_stride,
-      params.out.row_stride, rows.valid, sQ);
+  Element* out = static_cast<Element*>(params.out.data) + sequence.batch * params.out.batch_stride +
+                 tile.q_head * params.out.head_stride + q_row * params.out.row_stride;
+  RowCopy<Config>::store(out, params.out.row_stride, rows.valid, params.head_dim, sQ);
 }
 
 template <typename Element, int kHeadDim, int kTileM>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
   using Config = AttentionConfig<Element, kHeadDim, kTileM>;
-  const int64_t q_tiles = (static_cast<int64_t>(params.q_len) + kTileM - 1) / kTileM;
-  const int64_t grid = q_tiles * params.q_heads * params.batch;
+  const int64_t grid = count_tiles(params, kTileM);
   if (grid > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidConfiguration;
   }
@@ -287,7 +351,8 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   // cp.async moves 16 bytes at a time, under the same conditions as TMA.
   const bool aligned =
       tma_compatible(params.q) && tma_compatible(params.k) && tma_compatible(params.v);
-  const int section = kv_section(params.k_len, kHeadDim, params.batch * params.kv_heads, l2_bytes);
+  const int64_t kv_heads = params.kv_heads * (params.ragged.is_ragged() ? 1 : params.batch);
+  const int section = kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes);
   kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(
       params, aligned, section);
   return cudaGetLastError();

@@ -1,34 +1,54 @@
 // What the host passes to the Hopper kernel.
 #pragma once
 
+#include <cuda.h>
+
 #include "kernels/params.h"
 
 namespace prism::sm90 {
 
-template <typename Config>
-struct KernelArguments {
-  SparseAttentionParams params;
-  typename Config::TmaQ tma_q;
-  typename Config::TmaKV tma_k;
-  typename Config::TmaKV tma_v;
-  typename Config::TmaO tma_o;
-  int q_blocks;
-  int k_blocks;    // key blocks of the mask
-  int tiles;       // query tiles of all heads and batch elements
-  int kv_section;  // KV heads whose tiles are interleaved
+// A row of q, k, v or out has the coordinates (x, y), and z is the same for all (tensor_map.h).
+// This is the offset, in elements, of a row of a plain array with the same coordinates.
+struct RowOffsets {
+  int64_t x_stride;
+  int64_t y_stride;
+  int64_t head_stride;
+  int64_t base;
+
+  __device__ int64_t at(int x, int y, int head) const {
+    return base + x * x_stride + y * y_stride + head * head_stride;
+  }
 };
 
-// Position in a ring of stages whose barriers flip phase once a round.
+struct KernelArguments {
+  SparseAttentionParams params;
+  CUtensorMap tma_q;  // 64-byte aligned
+  CUtensorMap tma_k;
+  CUtensorMap tma_v;
+  CUtensorMap tma_o;
+  RowOffsets out;
+  RowOffsets lse;
+  int z;
+  int q_end;        // x of a sequence's rows of q ends here
+  int copy_rows;    // rows of k and v that one copy moves, at most a box
+  int page_stride;  // of a page, in y
+  int q_blocks;     // of the mask
+  int k_blocks;     // of the mask
+  int tiles;        // query tiles of all heads and batch elements; if ragged, an upper bound
+  int kv_section;   // KV heads whose tiles are interleaved
+};
+
+// Position in a ring of stages whose barriers flip phase once a round: one counter, because
+// registers are scarce.
 template <int kStages>
 struct Ring {
-  static_assert((kStages & (kStages - 1)) == 0,
-                "stage and phase come from the bits of one counter");
   uint32_t count = 0;
 
   __device__ uint32_t stage() const { return count % kStages; }
   __device__ uint32_t phase() const { return count / kStages % 2; }
-  __device__ Ring previous() const { return {count - 1}; }
   __device__ void advance() { ++count; }
+  // Has stage() computed anew afterwards instead of being kept in a register of its own.
+  __device__ void forget_stage() { asm volatile("" : "+r"(count)); }
 };
 
 }  // namespace prism::sm90

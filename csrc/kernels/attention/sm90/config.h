@@ -14,7 +14,7 @@ namespace prism::sm90 {
 
 namespace detail {
 
-// The widest swizzle whose row divides `kColumns` elements.
+// The 128-byte swizzle, whose rows are 64 elements.
 template <cute::GMMA::Major kMajor, typename Element, int kColumns>
 constexpr auto smem_atom() {
   static_assert(kColumns % 64 == 0, "64 half-precision elements fill one 128-byte swizzle row");
@@ -45,10 +45,14 @@ struct AttentionConfig {
   static constexpr int kConsumerThreads = kConsumers * 128;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kThreads = 128 + kConsumerThreads;
-  // K and V bytes in flight matter, not tiles: smaller tiles get more stages.
-  static constexpr int kStages = 2 * (128 * 128) / (kTileN * kHeadDim);
+  // K and V bytes in flight matter, not tiles: smaller tiles get more stages. K has a third one at
+  // head_dim 128: then its copies leave the bandwidth to those of V, which are wanted first.
+  static constexpr int kStagesV = 2 * (128 * 128) / (kTileN * kHeadDim);
+  static constexpr int kStagesK = kHeadDim == 128 ? 3 : kStagesV;
   // The next tile's queries arrive while this one is computed, where there is room for them.
   static constexpr int kStagesQ = kHeadDim == 256 ? 1 : 2;
+  // The output leaves through the stage of its queries if the next queries have another one.
+  static constexpr bool kOutputInQueries = kStagesQ == 2;
   static constexpr int kStagesTile = 2;  // the tile in work and the next
   // Whether the consumers take turns on the tensor cores. Beyond head_dim 128 products take so much
   // longer than the softmax that they need not.
@@ -74,10 +78,10 @@ struct AttentionConfig {
   using SmemLayoutQ = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kStagesQ>>{}));
   using SmemLayoutK = decltype(cute::tile_to_shape(
-      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+      AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStagesK>>{}));
   // (head_dim, keys): the operand's view of V.
   using SmemLayoutVt = decltype(cute::tile_to_shape(
-      AtomV{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStages>>{},
+      AtomV{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kTileN>, cute::Int<kStagesV>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
   // In each of them a stage is a row of panels of 64 columns: what one swizzle row holds, and what
   // TMA moves at a time.
@@ -86,40 +90,27 @@ struct AttentionConfig {
   static constexpr int kPanelKV = kTileN * 64;
   static constexpr int kPanelO = 64 * 64;
   // A warpgroup's output goes through as many panels at a time as there is room for.
-  static constexpr int kPanelsO = kHeadDim == 64 ? 1 : 2;
+  static constexpr int kPanelsO = kOutputInQueries ? kPanels : 2;
 
   static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);   // one stage
   static constexpr uint32_t kBytesKV = kTileN * kHeadDim * sizeof(Element);  // one stage
 
-  // (rows, head_dim, heads, batch) in global memory, moved kRows x 64 at a time. A copy's
-  // coordinates are (column, row, head, batch).
-  using GmemShape = cute::Shape<int32_t, cute::Int<kHeadDim>, int32_t, int32_t>;
-  using GmemStride = cute::Stride<int64_t, cute::_1, int64_t, int64_t>;
-  template <int kRows, typename Operation>
-  static auto make_tma(Operation operation, const void* data, GmemShape shape, GmemStride stride) {
-    using Box = cute::Shape<cute::Int<kRows>, cute::_64>;
-    const auto gmem =
-        cute::make_tensor(cute::make_gmem_ptr(static_cast<const Element*>(data)), shape, stride);
-    return cute::make_tma_copy(operation, gmem, cute::tile_to_shape(AtomK{}, Box{}), Box{},
-                               cute::_1{});
-  }
-  using TmaLoad = cute::SM90_TMA_LOAD;
-  using TmaStore = cute::SM90_TMA_STORE;
-  using TmaQ = decltype(make_tma<kTileM>(TmaLoad{}, nullptr, {}, {}));
-  using TmaKV = decltype(make_tma<kBoxN>(TmaLoad{}, nullptr, {}, {}));
-  using TmaO = decltype(make_tma<64>(TmaStore{}, nullptr, {}, {}));
+  struct NoBuffer {};
+  struct OutputBuffer {
+    alignas(1024) Element panels[kConsumers][kPanelsO][kPanelO];
+  };
 
   struct SharedStorage {
     alignas(1024) Element q[kStagesQ][kPanels][kPanelQ];
-    alignas(1024) Element k[kStages][kPanels][kPanelKV];
-    alignas(1024) Element v[kStages][kPanels][kPanelKV];
-    alignas(1024) Element o[kConsumers][kPanelsO][kPanelO];
+    alignas(1024) Element k[kStagesK][kPanels][kPanelKV];
+    alignas(1024) Element v[kStagesV][kPanels][kPanelKV];
+    std::conditional_t<kOutputInQueries, NoBuffer, OutputBuffer> output;
     cutlass::arch::ClusterTransactionBarrier q_full[kStagesQ];
     cutlass::arch::ClusterBarrier q_free[kStagesQ];
-    cutlass::arch::ClusterTransactionBarrier k_full[kStages];
-    cutlass::arch::ClusterBarrier k_free[kStages];
-    cutlass::arch::ClusterTransactionBarrier v_full[kStages];
-    cutlass::arch::ClusterBarrier v_free[kStages];
+    cutlass::arch::ClusterTransactionBarrier k_full[kStagesK];
+    cutlass::arch::ClusterBarrier k_free[kStagesK];
+    cutlass::arch::ClusterTransactionBarrier v_full[kStagesV];
+    cutlass::arch::ClusterBarrier v_free[kStagesV];
     cutlass::arch::ClusterBarrier tile_full[kStagesTile];
     cutlass::arch::ClusterBarrier tile_free[kStagesTile];
     TileDescriptor tile[kStagesTile];

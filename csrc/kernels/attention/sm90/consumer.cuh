@@ -7,7 +7,6 @@
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/softmax.cuh"
-#include "kernels/attention/tile_coord.h"
 
 namespace prism::sm90 {
 
@@ -38,14 +37,14 @@ struct Consumer {
   using Storage = typename Config::SharedStorage;
   static constexpr int kRows = 2;  // rows of one thread: lane / 4 and 8 below
 
-  const KernelArguments<Config>& arguments;
+  const KernelArguments& arguments;
   const SparseAttentionParams& params;
   Storage& storage;
   int warpgroup;  // 0 or 1
   Ring<Config::kStagesTile> tile_ring;
-  Ring<Config::kStages> ring;  // K; the V in use belongs to the key tile before
+  uint32_t key_tile = 0;  // whose scores come next; the values in use are those of the one before
 
-  __device__ Consumer(const KernelArguments<Config>& arguments, Storage& storage, int warpgroup)
+  __device__ Consumer(const KernelArguments& arguments, Storage& storage, int warpgroup)
       : arguments(arguments), params(arguments.params), storage(storage), warpgroup(warpgroup) {}
 
   // Index within the consumers. Volatile, so that what depends on it is computed where it is needed
@@ -70,6 +69,9 @@ struct Consumer {
   }
   // The consumers of one warpgroup only.
   __device__ void warpgroup_sync() const { cutlass::arch::NamedBarrier::sync(128, 3 + warpgroup); }
+  __device__ Ring<Config::kStagesK> key_ring() const { return {key_tile}; }
+  __device__ Ring<Config::kStagesV> value_ring() const { return {key_tile - 1}; }
+
   // What wgmma has read is free once the warpgroup has waited for it.
   template <typename Barrier>
   __device__ void release(Barrier& free) const {
@@ -108,13 +110,12 @@ struct Consumer {
 
   template <typename Scores>
   __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
-    const TileRows rows(params, tile().q_block, Config::kTileM);
     constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
     const int thread = this->thread();
     int last_key[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      last_key[row] = rows.last_key(params, row_in_tile(thread) + row * 8) - thread % 4 * 2;
+      last_key[row] = tile().last_key(row_in_tile(thread) + row * 8) - thread % 4 * 2;
     }
 #pragma unroll
     for (int box = 0; box < Config::kBoxes; ++box) {
@@ -159,24 +160,25 @@ struct Consumer {
       storage.q_full[q_ring.stage()].wait(q_ring.phase());
     };
     const auto wait_for_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      storage.k_full[ring.stage()].wait(ring.phase());
+      storage.k_full[key_ring().stage()].wait(key_ring().phase());
     };
     const auto wait_for_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      storage.v_full[ring.previous().stage()].wait(ring.previous().phase());
+      storage.v_full[value_ring().stage()].wait(value_ring().phase());
     };
     const auto issue_scores = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      issue_gemm(mma_qk, tSrQ(_, _, _, q_ring.stage()), tSrK(_, _, _, ring.stage()), rS, false);
+      issue_gemm(mma_qk, tSrQ(_, _, _, q_ring.stage()), tSrK(_, _, _, key_ring().stage()), rS,
+                 false);
     };
     const auto issue_output = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
       const auto tOrP = make_tensor(rP.data(), wgmma_a_operand(rS.layout()));
-      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, ring.previous().stage()), rO, accumulate);
+      issue_gemm(mma_pv, tOrP, tOrV(_, _, _, value_ring().stage()), rO, accumulate);
       accumulate = true;
     };
     const auto release_keys = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      release(storage.k_free[ring.stage()]);
+      release(storage.k_free[key_ring().stage()]);
     };
     const auto release_values = [&]() CUTLASS_LAMBDA_FUNC_INLINE {
-      release(storage.v_free[ring.previous().stage()]);
+      release(storage.v_free[value_ring().stage()]);
     };
 
     if (warpgroup == 1) {
@@ -197,7 +199,7 @@ struct Consumer {
       const int trips = tile().trips;
       const int masked = tile().template masked_tiles<Config::kBoxes>();
       release_keys();
-      ring.advance();
+      ++key_tile;
       softmax.reset();
       accumulate = false;
       if (masked > 0) {
@@ -205,6 +207,13 @@ struct Consumer {
       }
       softmax.template update<true>(rS_rows, correction);
       convert(rS, rP0);
+      if constexpr (Config::kOutputInQueries) {
+        // By now the store of the tile before has read its stage.
+        if (is_storer() && q_ring.count > 0) {
+          tma_store_wait<0>();
+          storage.q_free[(q_ring.count - 1) % Config::kStagesQ].arrive();
+        }
+      }
 
       // Q K^T of the next key tile and P V of the last one; waits for the former.
       const auto issue_both = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
@@ -228,7 +237,7 @@ struct Consumer {
         softmax.template update<true>(rS_rows, correction);
         finish_output();
         release_values();
-        ring.advance();
+        ++key_tile;
         softmax.rescale(rO_rows, correction);
         convert(rS, rP0);
       };
@@ -245,11 +254,13 @@ struct Consumer {
           softmax.rescale(rO_rows, correction);
         }
         release_values();
-        ring.advance();
+        ++key_tile;
       };
       // The last P V of this tile, with the first Q K^T of the next; false after the last tile.
       const auto finish_tile = [&](auto& rP) CUTLASS_LAMBDA_FUNC_INLINE {
-        release(storage.q_free[q_ring.stage()]);
+        if constexpr (!Config::kOutputInQueries) {
+          release(storage.q_free[q_ring.stage()]);
+        }
         const TileDescriptor finished = tile();
         release_tile();
         const bool more = find_tile();
@@ -315,38 +326,48 @@ struct Consumer {
   template <typename Output, typename Softmax>
   __device__ __forceinline__ void store(Output& output, const Softmax& softmax,
                                         const TileDescriptor& tile) {
-    const TileRows rows(params, tile.q_block, Config::kTileM);
-    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
     const int thread = this->thread();
+    const float sink = this->sink(tile);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float lse = softmax.finish(output, row);
-      const int tile_row = row_in_tile(thread) + row * 8;
-      if (thread % 4 == 0 && tile_row < rows.valid) {
-        params.lse[head * params.q_len + rows.first + tile_row] = lse;
+      const float lse = softmax.finish(output, row, sink);
+      const int x = tile.q_x + row_in_tile(thread) + row * 8;
+      if (thread % 4 == 0 && x < arguments.q_end) {
+        params.lse[arguments.lse.at(x, tile.q_y, tile.q_head)] = lse;
       }
     }
 #pragma unroll
-    for (int panel = 0; panel < Config::kHeadDim / 64; panel += Config::kPanelsO) {
-      if (is_storer()) {
-        tma_store_wait<0>();  // the last store has read the panels
+    for (int panel = 0; panel < Config::kPanels; panel += Config::kPanelsO) {
+      if constexpr (!Config::kOutputInQueries) {
+        if (is_storer()) {
+          tma_store_wait<0>();  // the last store has read the panels
+        }
       }
       warpgroup_sync();
 #pragma unroll
       for (int i = 0; i < Config::kPanelsO; ++i) {
-        write_panel(output, panel + i, thread, storage.o[warpgroup][i]);
+        write_panel(output, panel + i, thread, output_panel(tile, i));
       }
       tma_store_fence();
       warpgroup_sync();
       if (is_storer()) {
 #pragma unroll
         for (int i = 0; i < Config::kPanelsO; ++i) {
-          SM90_TMA_STORE_4D::copy(arguments.tma_o.get_tma_descriptor(), storage.o[warpgroup][i],
-                                  (panel + i) * 64, rows.first + warpgroup * 64, tile.q_head,
-                                  tile.batch);
+          SM90_TMA_STORE_5D::copy(&arguments.tma_o, output_panel(tile, i), (panel + i) * 64,
+                                  tile.q_x + warpgroup * 64, tile.q_head, tile.q_y, arguments.z);
         }
         tma_store_arrive();
       }
+    }
+  }
+
+  // Where the warpgroup's rows of an output panel go: in place of its own queries, which nobody
+  // else reads.
+  __device__ Element* output_panel(const TileDescriptor& tile, int panel) const {
+    if constexpr (Config::kOutputInQueries) {
+      return &storage.q[tile.index % Config::kStagesQ][panel][warpgroup * Config::kPanelO];
+    } else {
+      return storage.output.panels[warpgroup][panel];
     }
   }
 
@@ -377,21 +398,29 @@ struct Consumer {
     }
   }
 
-  // A tile without keys: output 0, log-sum-exp -inf.
+  // What the head adds to the softmax denominator, as a logit.
+  __device__ float sink(const TileDescriptor& tile) const {
+    return params.sinks == nullptr ? -INFINITY : __ldg(params.sinks + tile.q_head);
+  }
+
+  // A tile without keys: output 0, and the log-sum-exp of the sink alone, -inf without one.
   __device__ void store_empty(const TileDescriptor& tile) const {
     constexpr int kVector = 8;
-    const TileRows rows(params, tile.q_block, Config::kTileM);
-    const int64_t head = static_cast<int64_t>(tile.batch) * params.q_heads + tile.q_head;
-    Element* out = static_cast<Element*>(params.out.data) + tile.batch * params.out.batch_stride +
-                   tile.q_head * params.out.head_stride;
-    for (int i = thread(); i < rows.valid * (Config::kHeadDim / kVector);
-         i += Config::kConsumerThreads) {
-      const int64_t row = rows.first + i / (Config::kHeadDim / kVector);
-      const int column = i % (Config::kHeadDim / kVector) * kVector;
-      *reinterpret_cast<uint4*>(out + row * params.out.row_stride + column) = uint4{};
+    constexpr int kVectors = Config::kHeadDim / kVector;
+    const int column = thread() % kVectors * kVector;
+#pragma unroll 1
+    for (int row = thread() / kVectors; row < Config::kTileM;
+         row += Config::kConsumerThreads / kVectors) {
+      const int x = tile.q_x + row;
+      if (x < arguments.q_end && column < params.head_dim) {
+        auto* out = static_cast<Element*>(params.out.data) +
+                    arguments.out.at(x, tile.q_y, tile.q_head) + column;
+        *reinterpret_cast<uint4*>(out) = uint4{};
+      }
     }
-    for (int row = thread(); row < rows.valid; row += Config::kConsumerThreads) {
-      params.lse[head * params.q_len + rows.first + row] = -INFINITY;
+    const int x = tile.q_x + thread();
+    if (thread() < Config::kTileM && x < arguments.q_end) {
+      params.lse[arguments.lse.at(x, tile.q_y, tile.q_head)] = sink(tile);
     }
   }
 };

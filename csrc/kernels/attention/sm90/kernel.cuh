@@ -1,7 +1,7 @@
 // Hopper block-sparse flash attention: TMA + wgmma, warp-specialised and persistent.
 //
 // CTAs stay and draw query tiles from a global counter. In each, a warp schedules tiles ahead
-// (scheduler.cuh), a warp loads them (loader.cuh) and two warpgroups compute them (consumer.cuh),
+// (scheduler.cuh), two load them (loader.cuh) and two warpgroups compute them (consumer.cuh),
 // through rings of shared-memory stages that run on across tiles.
 #pragma once
 
@@ -11,7 +11,6 @@
 #include <cstdint>
 #include <limits>
 #include <string>
-#include <utility>
 
 #include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm90/arguments.h"
@@ -20,6 +19,7 @@
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/attention/sm90/loader.cuh"
 #include "kernels/attention/sm90/scheduler.cuh"
+#include "kernels/attention/sm90/tensor_map.h"
 #include "kernels/describe.h"
 
 namespace prism::sm90 {
@@ -27,27 +27,30 @@ namespace prism::sm90 {
 enum class WarpgroupRole { kProducer = 0, kConsumer0 = 1, kConsumer1 = 2 };
 
 template <typename Config>
-__device__ void run_kernel(const KernelArguments<Config>& arguments) {
+__device__ void run_kernel(const KernelArguments& arguments) {
   extern __shared__ __align__(1024) char smem[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(smem);
   if (threadIdx.x == 0) {
-    prefetch_tma_descriptor(arguments.tma_q.get_tma_descriptor());
-    prefetch_tma_descriptor(arguments.tma_k.get_tma_descriptor());
-    prefetch_tma_descriptor(arguments.tma_v.get_tma_descriptor());
-    prefetch_tma_descriptor(arguments.tma_o.get_tma_descriptor());
+    prefetch_tma_descriptor(&arguments.tma_q);
+    prefetch_tma_descriptor(&arguments.tma_k);
+    prefetch_tma_descriptor(&arguments.tma_v);
+    prefetch_tma_descriptor(&arguments.tma_o);
     for (int i = 0; i < Config::kStagesQ; ++i) {
       storage.q_full[i].init(1);
-      storage.q_free[i].init(Config::kConsumerWarps);
+      storage.q_free[i].init(Config::kOutputInQueries ? Config::kConsumers
+                                                      : Config::kConsumerWarps);
     }
-    for (int i = 0; i < Config::kStages; ++i) {
+    for (int i = 0; i < Config::kStagesK; ++i) {
       storage.k_full[i].init(1);
-      storage.v_full[i].init(1);
       storage.k_free[i].init(Config::kConsumerWarps);
+    }
+    for (int i = 0; i < Config::kStagesV; ++i) {
+      storage.v_full[i].init(1);
       storage.v_free[i].init(Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStagesTile; ++i) {
       storage.tile_full[i].init(1);
-      storage.tile_free[i].init(Config::kConsumerThreads + 32);  // and the loader's
+      storage.tile_free[i].init(Config::kConsumerThreads + 2 * 32);  // and the loaders'
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -59,8 +62,10 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
     cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
     const int warp = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x / 32), 0);
     if (warp == 0) {
-      Loader<Config>(arguments, storage).run();
+      Loader<Config, Operand::kKeys>(arguments, storage).run();
     } else if (warp == 1) {
+      Loader<Config, Operand::kValues>(arguments, storage).run();
+    } else if (warp == 2) {
       Scheduler<Config>(arguments, storage).run();
     }
   } else {
@@ -72,44 +77,67 @@ __device__ void run_kernel(const KernelArguments<Config>& arguments) {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    sparse_attention_kernel(const __grid_constant__ KernelArguments<Config> arguments) {
+    sparse_attention_kernel(const __grid_constant__ KernelArguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   run_kernel<Config>(arguments);
 #endif
 }
 
+// How coordinates become offsets in plain arrays.
+inline void prepare_offsets(const SparseAttentionParams& params, KernelArguments& arguments) {
+  const int64_t out_row = params.out.row_stride;
+  if (params.ragged.is_ragged()) {
+    const int64_t end = kSliceEnd;
+    arguments.z = kSliceEnd;
+    arguments.q_end = kSliceEnd;
+    arguments.out = {out_row, out_row, params.out.head_stride, -end * out_row};
+    arguments.lse = {1, 1, params.ragged.total_q, -end};
+  } else {
+    arguments.z = 0;
+    arguments.q_end = params.q_len;
+    arguments.out = {out_row, params.out.batch_stride, params.out.head_stride, 0};
+    arguments.lse = {1, static_cast<int64_t>(params.q_heads) * params.q_len, params.q_len, 0};
+  }
+}
+
 template <typename Config>
-cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes,
-                    KernelArguments<Config>& arguments) {
+cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArguments& arguments) {
   arguments.params = params;
   arguments.q_blocks = (params.q_len + Config::kTileM - 1) / Config::kTileM;
   arguments.k_blocks = (params.k_len + Config::kBlockN - 1) / Config::kBlockN;
-  const int64_t tiles = params.batch * params.q_heads * static_cast<int64_t>(arguments.q_blocks);
+  const int64_t tiles = count_tiles(params, Config::kTileM);
   // The counter runs past the last tile by one a CTA.
   if (tiles > std::numeric_limits<int32_t>::max() - 4096) {
     return cudaErrorInvalidConfiguration;
   }
   arguments.tiles = static_cast<int>(tiles);
-  arguments.kv_section =
-      kv_section(params.k_len, params.head_dim, params.batch * params.kv_heads, l2_bytes);
-  const int batch = static_cast<int>(params.batch);
-  const auto shape = [&](int rows, int heads) {
-    return typename Config::GmemShape{rows, {}, heads, batch};
+  const RaggedBatch& ragged = params.ragged;
+  const int64_t kv_heads = params.kv_heads * (ragged.is_ragged() ? 1 : params.batch);
+  arguments.kv_section = kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes);
+  prepare_offsets(params, arguments);
+  arguments.copy_rows = Config::kBoxN;
+  arguments.page_stride = 0;
+  if (ragged.is_paged()) {
+    arguments.copy_rows = std::min(Config::kBoxN, ragged.page_size());
+    arguments.page_stride = static_cast<int>(page_rows(params.k));
+  }
+  const auto encode = [&](CUtensorMap& map, const TensorView& x, int rows, int heads, int box) {
+    const MapShape shape{params.head_dim, rows, heads, params.batch, ragged.is_ragged()};
+    return encode_tensor_map(map, x, params.dtype, shape, box);
   };
-  const auto stride = [](const TensorView& x) {
-    return typename Config::GmemStride{x.row_stride, {}, x.head_stride, x.batch_stride};
-  };
-  constexpr typename Config::TmaLoad kLoad{};
-  constexpr typename Config::TmaStore kStore{};
-  arguments.tma_q = Config::template make_tma<Config::kTileM>(
-      kLoad, params.q.data, shape(params.q_len, params.q_heads), stride(params.q));
-  arguments.tma_k = Config::template make_tma<Config::kBoxN>(
-      kLoad, params.k.data, shape(params.k_len, params.kv_heads), stride(params.k));
-  arguments.tma_v = Config::template make_tma<Config::kBoxN>(
-      kLoad, params.v.data, shape(params.k_len, params.kv_heads), stride(params.v));
-  arguments.tma_o = Config::template make_tma<64>(
-      kStore, params.out.data, shape(params.q_len, params.q_heads), stride(params.out));
-  return cudaSuccess;
+  const int copy_rows = arguments.copy_rows;
+  cudaError_t error =
+      encode(arguments.tma_q, params.q, params.q_len, params.q_heads, Config::kTileM);
+  if (error == cudaSuccess) {
+    error = encode(arguments.tma_k, params.k, params.k_len, params.kv_heads, copy_rows);
+  }
+  if (error == cudaSuccess) {
+    error = encode(arguments.tma_v, params.v, params.k_len, params.kv_heads, copy_rows);
+  }
+  if (error == cudaSuccess) {
+    error = encode(arguments.tma_o, params.out, params.q_len, params.q_heads, 64);
+  }
+  return error;
 }
 
 template <typename Element, int kHeadDim, int kBlockN>
@@ -126,7 +154,7 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
   }
-  KernelArguments<Config> arguments;
+  KernelArguments arguments;
   if (error == cudaSuccess) {
     error = prepare<Config>(params, l2_bytes, arguments);
   }

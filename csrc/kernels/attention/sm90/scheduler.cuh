@@ -4,7 +4,8 @@
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/sm90/mask_row.cuh"
-#include "kernels/attention/tile_coord.h"
+#include "kernels/attention/sm90/tensor_map.h"
+#include "kernels/attention/tile_finder.cuh"
 
 namespace prism::sm90 {
 
@@ -15,28 +16,33 @@ struct Scheduler {
   static constexpr int kBoxes = Config::kBoxes;
   static constexpr int kBoxesPerBlock = Config::kBoxesPerBlock;
 
-  const KernelArguments<Config>& arguments;
+  const KernelArguments& arguments;
   const SparseAttentionParams& params;
   Storage& storage;
   Ring<Config::kStagesTile> tile_ring;
+  TileFinder<Config::kTileM> finder;
   int nonempty = 0;  // tiles so far that keep any keys
 
-  __device__ Scheduler(const KernelArguments<Config>& arguments, Storage& storage)
-      : arguments(arguments), params(arguments.params), storage(storage) {}
+  __device__ Scheduler(const KernelArguments& arguments, Storage& storage)
+      : arguments(arguments),
+        params(arguments.params),
+        storage(storage),
+        finder(arguments.params, arguments.kv_section) {}
 
   __device__ void run() {
     // The first tile is the CTA's own index, the others are drawn.
     int index = static_cast<int>(blockIdx.x);
-    while (index < arguments.tiles) {
+    Tile tile;
+    while (index < arguments.tiles && finder.find(index, tile)) {
       int drawn = 0;
       if (threadIdx.x % 32 == 0) {
         drawn = atomicAdd(params.tile_counter, 1);
       }
-      publish(describe(index));
+      publish(describe(tile));
       index = static_cast<int>(gridDim.x) + __shfl_sync(kAllLanes, drawn, 0);
     }
     TileDescriptor end{};
-    end.q_block = -1;
+    end.trips = -1;
     publish(end);
   }
 
@@ -49,14 +55,15 @@ struct Scheduler {
     tile_ring.advance();
   }
 
-  __device__ TileDescriptor describe(int index) {
-    const TileCoord coord(params, index, arguments.q_blocks, arguments.kv_section);
-    const TileRows rows(params, coord.q_block, Config::kTileM);
+  __device__ TileDescriptor describe(const Tile& tile) {
+    const Sequence& sequence = tile.sequence;
+    const TileRows rows(sequence.q_len, sequence.k_len, params.causal, tile.q_block,
+                        Config::kTileM);
     const int box_end = (rows.k_end + kBoxN - 1) / kBoxN;
     const int block_end = (box_end + kBoxesPerBlock - 1) / kBoxesPerBlock;
     const int64_t row =
-        (static_cast<int64_t>(coord.batch) * params.q_heads + coord.q_head) * arguments.q_blocks +
-        coord.q_block;
+        (static_cast<int64_t>(sequence.batch) * params.q_heads + tile.q_head) * arguments.q_blocks +
+        tile.q_block;
     const MaskRow mask{params.bits + row * ((arguments.k_blocks + 31) / 32)};
     int kept = 0;
     for (int chunk = 0; chunk < MaskRow::chunks(block_end); ++chunk) {
@@ -66,19 +73,36 @@ struct Scheduler {
     if (kBoxesPerBlock == 2 && box_end % 2 == 1 && kept > 0 && mask.keeps(block_end - 1)) {
       --kept;  // the upper half of the last block lies past the last visible key
     }
-    TileDescriptor tile;
-    tile.mask_words = mask.words;
-    tile.q_block = coord.q_block;
-    tile.q_head = coord.q_head;
-    tile.kv_head = coord.kv_head;
-    tile.batch = coord.batch;
-    tile.trips = (kept + kBoxes - 1) / kBoxes;
-    tile.box_end = box_end;
-    tile.index = nonempty;
+    TileDescriptor descriptor;
+    descriptor.mask_words = mask.words;
+    set_coordinates(sequence, rows.first, descriptor);
+    descriptor.q_head = tile.q_head;
+    descriptor.kv_head = tile.kv_head;
+    descriptor.k_len = sequence.k_len;
+    descriptor.first_position = params.causal ? rows.first_position : sequence.k_len;
+    descriptor.trips = (kept + kBoxes - 1) / kBoxes;
+    descriptor.box_end = box_end;
+    descriptor.index = nonempty;
     nonempty += kept > 0;
-    tile.masked_boxes = masked_boxes(mask, rows.first_masked(params, kBoxN), box_end);
-    tile.padding_boxes = tile.trips * kBoxes - kept;
-    return tile;
+    descriptor.masked_boxes = masked_boxes(mask, rows.first_masked(kBoxN), box_end);
+    descriptor.padding_boxes = descriptor.trips * kBoxes - kept;
+    return descriptor;
+  }
+
+  __device__ void set_coordinates(const Sequence& sequence, int first_row,
+                                  TileDescriptor& descriptor) const {
+    if (params.ragged.is_ragged()) {
+      descriptor.q_x = kSliceEnd - sequence.q_len + first_row;
+      descriptor.q_y = sequence.q_start + sequence.q_len;
+      descriptor.kv_x = kSliceEnd - sequence.k_len;
+      descriptor.kv_y =
+          params.ragged.is_paged() ? sequence.batch : sequence.k_start + sequence.k_len;
+    } else {
+      descriptor.q_x = first_row;
+      descriptor.q_y = sequence.batch;
+      descriptor.kv_x = 0;
+      descriptor.kv_y = sequence.batch;
+    }
   }
 
   // Bit i: the box `box_end` - 1 - i is kept and at or above `first_masked`.

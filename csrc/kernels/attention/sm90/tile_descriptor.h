@@ -5,22 +5,29 @@
 
 namespace prism::sm90 {
 
-// A power of two in size: registers for its address are scarce.
+// A power of two in size: registers for its address are scarce. Coordinates: tensor_map.h.
 struct alignas(64) TileDescriptor {
   const uint32_t* mask_words;
-  int q_block;  // -1: there are no more tiles
+  int q_x;  // of the first row in q, out and lse
+  int q_y;
   int q_head;
   int kv_head;
-  int batch;
-  int trips;    // key tiles to compute
-  int box_end;  // boxes of keys before the first that no row may see
-  int index;    // among the tiles of this CTA that keep any keys
+  int kv_x;  // of the first key
+  int kv_y;  // with pages: the sequence
+  int k_len;
+  int first_position;  // of the first row among the keys, or k_len if every row sees them all
+  int trips;           // key tiles to compute; -1: there are no more tiles
+  int box_end;         // boxes of keys before the first that no row may see
+  int index;           // among the tiles of this CTA that keep any keys
   // Boxes of key rows come in descending order. Only those in which some row may not see some key
   // have to be masked: bit i stands for the box i below the last visible one, set if it is kept.
   uint32_t masked_boxes;
   int padding_boxes;  // boxes of zeros before the first: the kept ones must fill whole tiles
 
-  __device__ bool is_end() const { return q_block < 0; }
+  __device__ bool is_end() const { return trips < 0; }
+
+  // The last key that row `row` of the tile may see.
+  __device__ int last_key(int row) const { return min(first_position + row, k_len - 1); }
 
   __device__ int block_end(int boxes_per_block) const {
     return (box_end + boxes_per_block - 1) / boxes_per_block;
@@ -47,5 +54,6 @@ struct alignas(64) TileDescriptor {
     return left == 0 ? 0 : (box_end - __ffs(static_cast<int>(left))) * kBoxN;
   }
 };
+static_assert(sizeof(TileDescriptor) == 64);
 
 }  // namespace prism::sm90

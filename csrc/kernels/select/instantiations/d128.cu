@@ -2,6 +2,7 @@
 
 namespace prism {
 
+template cudaError_t select_bytes<128>(const SelectBlocksParams&, int64_t*);
 template cudaError_t launch_select<128>(const SelectBlocksParams&, int, cudaStream_t);
 template void describe_select<128>(std::vector<KernelInfo>&);
 

@@ -1,0 +1,73 @@
+#include "kernels/grid/estimate_grid.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels/describe.h"
+#include "kernels/grid/launch_grid.h"
+#include "kernels/grid/workspace.h"
+
+namespace prism {
+
+namespace {
+
+constexpr int64_t kCtasPerSm = 2;
+constexpr int64_t kScratchBytes = int64_t{1} << 29;  // above this, a CTA an SM has to do
+
+// CTAs that score at a time.
+cudaError_t count_ctas(const EstimateGridParams& params, int64_t* ctas) {
+  int device = 0;
+  int sms = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) {
+    return error;
+  }
+  const SelectBlocksParams& select = params.select;
+  const int64_t units = select.q_heads / select.kv_heads * select.q_blocks;
+  const int64_t cta_units = kCtaRows / (select.q_block_size / kCellTokens);
+  const int64_t tiles = (units + cta_units - 1) / cta_units * select.batch * select.kv_heads;
+  const int64_t cta_bytes = GridWorkspace(params, 0).cta_floats() * 4;
+  const bool large = cta_bytes * sms * kCtasPerSm > kScratchBytes;
+  *ctas = std::min(tiles, sms * (large ? int64_t{1} : kCtasPerSm));
+  return cudaSuccess;
+}
+
+}  // namespace
+
+cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* bytes) {
+  int64_t ctas = 0;
+  const cudaError_t error = count_ctas(params, &ctas);
+  if (error == cudaSuccess) {
+    *bytes = GridWorkspace(params, ctas).total_bytes;
+  }
+  return error;
+}
+
+cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream) {
+  if (params.select.q_heads / params.select.kv_heads * params.select.q_blocks > INT32_MAX) {
+    return cudaErrorInvalidConfiguration;
+  }
+  int64_t ctas = 0;
+  const cudaError_t error = count_ctas(params, &ctas);
+  if (error != cudaSuccess || ctas == 0) {
+    return error;
+  }
+  switch (params.select.head_dim) {
+    case 64:
+      return launch_grid<64>(params, ctas, sm, stream);
+    case 128:
+      return launch_grid<128>(params, ctas, sm, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+void describe_estimate_grid(std::vector<KernelInfo>& kernels) {
+  describe_grid<64>(kernels);
+  describe_grid<128>(kernels);
+}
+
+}  // namespace prism

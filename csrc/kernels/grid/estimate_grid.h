@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/params.h"
+
+namespace prism {
+
+// Bytes of params.select.workspace (16-byte aligned) on the current device.
+cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* bytes);
+
+// A block mask from q and k: block masses by a softmax over means of 16 queries and 16 keys, with
+// the keys' variance; top-p or a threshold on them; sink and recent blocks. Two launches.
+// Deterministic. `sm` is 10 * major + minor of the current device: launches overlap from 90 on.
+cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream);
+
+}  // namespace prism

@@ -1,0 +1,8 @@
+#include "kernels/grid/launch_grid.cuh"
+
+namespace prism {
+
+template cudaError_t launch_grid<64>(const EstimateGridParams&, int64_t, int, cudaStream_t);
+template void describe_grid<64>(std::vector<KernelInfo>&);
+
+}  // namespace prism

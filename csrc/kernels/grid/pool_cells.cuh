@@ -1,0 +1,146 @@
+// Statistics of the cells of q and k. With them a base 2 logit of a query and a key cell is one
+// product over 2 head_dim dimensions: of {mean q, scale / 2 mean q^2} with {mean k, variance k},
+// times both cells' factors. The variance stands for what averaging keys takes from the logarithm
+// of a cell's mass, to second order. One power of two scales both halves of a cell's vector into
+// float16's range: keys of magnitudes up to some 2^14 lose nothing by that, whatever the queries'.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cfloat>
+
+#include "kernels/grid/workspace.h"
+#include "kernels/launch.h"
+#include "kernels/pool/emit_means.cuh"
+
+namespace prism {
+
+constexpr int kPoolThreads = 128;
+constexpr int kPoolVector = 8;  // dimensions of a thread: 16 bytes of a row
+
+// One tensor whose cells are pooled.
+struct CellTask {
+  TensorView x;
+  uint4* cells;
+  float* factors;
+  int64_t heads;
+  int64_t length;
+  int64_t cells_of_head;
+  int64_t count;  // cells of all heads and batch elements
+};
+
+struct PoolCellsArguments {
+  CellTask q;
+  CellTask k;
+  float scale;
+};
+
+template <typename Element>
+union CellPack {
+  uint4 raw;
+  Element element[kPoolVector];
+};
+
+__device__ inline float cell_float(__half x) { return __half2float(x); }
+__device__ inline float cell_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline uint4 to_halves(const float (&x)[kPoolVector], float factor) {
+  union {
+    uint4 raw;
+    __half2 pairs[4];
+  } result;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    result.pairs[i] = __floats2half2_rn(x[2 * i] * factor, x[2 * i + 1] * factor);
+  }
+  return result.raw;
+}
+
+// A thread holds 8 dimensions of all the cell's tokens at once: many loads in flight, and the
+// variance is taken around the mean, which loses nothing to cancellation.
+template <typename Element, int kHeadDim, bool kAligned>
+__global__ void __launch_bounds__(kPoolThreads)
+    pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
+  constexpr int kLanes = kHeadDim / kPoolVector;  // threads of a cell
+  constexpr float kLog2E = 1.4426950408889634f;
+  let_consumer_start();
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t all = arguments.q.count + arguments.k.count;
+  // Threads beyond the last cell repeat it: all take part in the shuffles.
+  const int64_t place = min(thread / kLanes, all - 1);
+  const bool is_key = place >= arguments.q.count;
+  const CellTask& task = is_key ? arguments.k : arguments.q;
+  const int64_t index = is_key ? place - arguments.q.count : place;
+  const int64_t head = index / task.cells_of_head;  // over the batch
+  const int64_t first_token = index % task.cells_of_head * kCellTokens;
+  const int tokens = static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
+  const Element* source =
+      static_cast<const Element*>(task.x.data) + head / task.heads * task.x.batch_stride +
+      head % task.heads * task.x.head_stride + first_token * task.x.row_stride + lane * kPoolVector;
+  CellPack<Element> packs[kCellTokens];
+#pragma unroll
+  for (int row = 0; row < kCellTokens; ++row) {
+    const Element* from = source + min(row, tokens - 1) * task.x.row_stride;
+    if constexpr (kAligned) {
+      packs[row].raw = __ldg(reinterpret_cast<const uint4*>(from));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPoolVector; ++i) {
+        packs[row].element[i] = from[i];
+      }
+    }
+  }
+  const float share = 1.f / static_cast<float>(tokens);
+  float mean[kPoolVector];
+  float second[kPoolVector];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kPoolVector; ++i) {
+    float sum = 0.f;
+#pragma unroll
+    for (int row = 0; row < kCellTokens; ++row) {
+      sum += row < tokens ? cell_float(packs[row].element[i]) : 0.f;
+    }
+    mean[i] = sum * share;
+    float squares = 0.f;
+#pragma unroll
+    for (int row = 0; row < kCellTokens; ++row) {
+      const float difference = cell_float(packs[row].element[i]) - mean[i];
+      squares += row < tokens ? difference * difference : 0.f;
+    }
+    second[i] = is_key ? squares * share : 0.5f * arguments.scale * mean[i] * mean[i];
+    // Of floats without sign the bits have their order; NaN comes last.
+    largest = max(largest, max(__float_as_uint(fabsf(mean[i])), __float_as_uint(second[i])));
+  }
+#pragma unroll
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+  }
+  // A cell that is not finite gets a factor of NaN, which marks all that sees it.
+  const bool finite = largest < 0x7f800000u;
+  const HalfScale range(__uint_as_float(finite ? largest : 0u));
+  if (!finite) {
+#pragma unroll
+    for (int i = 0; i < kPoolVector; ++i) {
+      mean[i] = second[i] = 0.f;
+    }
+  }
+  if (thread / kLanes >= all) {
+    return;
+  }
+  uint4* cell = task.cells + index * (2 * kLanes);
+  cell[lane] = to_halves(mean, range.scale);
+  cell[kLanes + lane] = to_halves(second, range.scale);
+  if (lane == 0) {
+    float factor = range.inverse;
+    if (!is_key) {
+      // Above 0, for the logits of hidden cells are -inf times it.
+      factor = fmaxf(factor * arguments.scale * kLog2E, FLT_MIN);
+    }
+    task.factors[index] = finite ? factor : NAN;
+  }
+}
+
+}  // namespace prism

@@ -1,0 +1,498 @@
+// Scores of query cells with all key cells they see, on tensor cores; the softmax of each query
+// cell; the masses of its key blocks; and what each query block keeps.
+//
+// A warp owns 32 query cells: whole query blocks of the heads that share a key head, so that they
+// read the same keys. Their statistics stay in registers while tiles of key cells pass through
+// shared memory. What is left of a tile is a base 2 logit of each (query cell, key block), the
+// logarithm of the block's sum: such logits need no common reference, so one pass over the keys is
+// enough. They wait in the CTA's scratch until the row's total is known.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "kernels/grid/mass_row.cuh"
+#include "kernels/grid/workspace.h"
+#include "kernels/launch.h"
+#include "kernels/select/interpolate.cuh"
+#include "kernels/select/key_stream.cuh"
+#include "kernels/select/row_range.cuh"
+
+namespace prism {
+
+// Begins to copy 16 bytes, or 4, into shared memory.
+template <int kBytes>
+__device__ inline void copy_ahead(void* target, const void* source) {
+  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(source)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(source)
+                 : "memory");
+  }
+}
+
+__device__ inline uint4 load_matrices(const uint4* row) {
+  uint4 result;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+  return result;
+}
+
+// kBlockCells: cells of a key block, 4 or 8.
+template <int kHeadDim_, int kBlockCells_>
+struct GridShape {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockCells = kBlockCells_;
+  static constexpr int kThreads = 32 * kGridWarps;
+  static constexpr int kWarpRows = kCtaRows / kGridWarps;
+  static constexpr int kRowTiles = kWarpRows / 16;
+  static constexpr int kSteps = 2 * kHeadDim / 16;  // of 16 dimensions
+  static constexpr int kChunks = 2 * kHeadDim / 8;  // of 16 bytes, of a cell
+  static constexpr int kTileBlocks = kTileCells / kBlockCells;
+  static constexpr int kLaneBlocks = 8 / kBlockCells;  // of a tile, whose cells a lane scores
+  static constexpr int kStages = 4;
+  static_assert(kWarpRows == 32 && kTileCells == 32);
+
+  struct Stage {
+    uint4 cells[kTileCells * kChunks];
+    float factors[kTileCells];
+  };
+  struct Storage {
+    Stage stages[kStages];
+    int visible[kCtaRows];  // key cells that a row sees; 0 where there is no row
+    float factors[kCtaRows];
+    float log_total[kCtaRows];
+  };
+  // Masses of a warp's row that fit in place of the stages.
+  static constexpr int kSharedMasses =
+      static_cast<int>(sizeof(Stage)) * kStages / 4 / kGridWarps / kSweepBlocks * kSweepBlocks;
+};
+
+// The softmax of a row so far, over the cells that one lane scored: `largest` before the row's
+// factor, `sum` relative to it.
+struct RunningRow {
+  float largest;
+  float sum;
+};
+
+template <typename Shape>
+class GridCta {
+ public:
+  using Storage = typename Shape::Storage;
+
+  __device__ GridCta(const EstimateGridParams& params, Storage& shared)
+      : params_(params),
+        shared_(shared),
+        workspace_(params, gridDim.x),
+        scratch_(workspace_.scratch + blockIdx.x * workspace_.cta_floats()),
+        q_cells_(static_cast<int>(cells_of(params.select.q_len))),
+        k_cells_(static_cast<int>(cells_of(params.select.k_len))),
+        group_(params.select.q_heads / params.select.kv_heads),
+        row_shift_(params.select.q_block_size == 128 ? 3 : 2),
+        block_rows_(1 << row_shift_),
+        units_(group_ * static_cast<int>(params.select.q_blocks)) {}
+
+  // A unit is a query block of one head: block_rows_ rows. Those of a key head are ordered by
+  // query block, so that units side by side see the same keys.
+  __device__ void run(int64_t kv_head, int first_unit) {
+    kv_head_ = kv_head;
+    first_unit_ = first_unit;
+    const int cta_units = kCtaRows >> row_shift_;
+    const int cta_visible = last_visible(first_unit + cta_units);
+    const int tiles = params_.select.top_p >= 1.0 ? 0 : (cta_visible + kTileCells - 1) / kTileCells;
+#pragma unroll 1
+    for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
+      copy_tile(stage, stage, tiles);
+    }
+    score(tiles);
+    asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+    __syncthreads();  // the stages become masses
+#pragma unroll 1
+    for (int unit = 0; unit < warp_units(); ++unit) {
+      if (warp_first_unit() + unit < units_) {
+        select_unit(unit);
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  static constexpr uint32_t kWarp = 0xffffffffu;
+
+  __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+  __device__ int warp_units() const { return Shape::kWarpRows >> row_shift_; }
+  __device__ int warp_first_unit() const { return first_unit_ + warp() * warp_units(); }
+
+  // Key cells that hold a token which some query of the cell may see.
+  __device__ int visible_cells(int q_cell) const {
+    if (!params_.select.causal) {
+      return k_cells_;
+    }
+    const int64_t end = min(int64_t{q_cell + 1} * kCellTokens, params_.select.q_len);
+    const int64_t last = end - 1 + params_.select.k_len - params_.select.q_len;
+    return last < 0 ? 0 : static_cast<int>(min(last / kCellTokens + 1, int64_t{k_cells_}));
+  }
+
+  // Of the last cell of the last unit before `end_unit`: the most that any before sees.
+  __device__ int last_visible(int end_unit) const {
+    const int q_block = (min(end_unit, units_) - 1) / group_;
+    return visible_cells(min((q_block + 1) * block_rows_, q_cells_) - 1);
+  }
+
+  // The row's query cell over the whole batch, or -1; and what it sees.
+  __device__ int64_t find_row(int row, int& visible) const {
+    const int unit = first_unit_ + (row >> row_shift_);
+    const int q_cell = unit / group_ * block_rows_ + (row & (block_rows_ - 1));
+    if (unit >= units_ || q_cell >= q_cells_) {
+      visible = 0;
+      return -1;
+    }
+    visible = visible_cells(q_cell);
+    return q_head(unit) * q_cells_ + q_cell;
+  }
+
+  // Over the batch.
+  __device__ int64_t q_head(int unit) const { return kv_head_ * group_ + unit % group_; }
+
+  // Begins to copy one tile, if there is one; one group of copies in any case. Behind the last cell
+  // it is repeated: no row sees that.
+  __device__ void copy_tile(int stage, int tile, int tiles) {
+    if (tile < tiles) {
+      constexpr int kCellsAtOnce = Shape::kThreads / Shape::kChunks;
+      auto& target = shared_.stages[stage];
+      const int64_t head_cell = kv_head_ * k_cells_;
+      const int chunk = static_cast<int>(threadIdx.x) % Shape::kChunks;
+      const int first = static_cast<int>(threadIdx.x) / Shape::kChunks;
+      const uint4* head = workspace_.k_cells + head_cell * Shape::kChunks + chunk;
+      const int last_cell = k_cells_ - 1 - tile * kTileCells;  // of the tile
+#pragma unroll
+      for (int i = 0; i < kTileCells / kCellsAtOnce; ++i) {
+        const int cell = i * kCellsAtOnce + first;
+        const int place = tile * kTileCells + min(cell, last_cell);
+        copy_ahead<16>(&target.cells[cell * Shape::kChunks + (chunk ^ swizzle(cell))],
+                       head + place * Shape::kChunks);
+      }
+      if (threadIdx.x < kTileCells) {
+        const int cell = static_cast<int>(threadIdx.x);
+        copy_ahead<4>(&target.factors[cell],
+                      workspace_.k_factors + head_cell + tile * kTileCells + min(cell, last_cell));
+      }
+    }
+    asm volatile("cp.async.commit_group;\n" ::: "memory");
+  }
+
+  // The 8 cells that one matrix load reads get different values: different banks.
+  __device__ static int swizzle(int cell) { return (cell / 8 * 2 + cell % 2) % 8; }
+
+  // Leaves logits in the scratch, and what is shared of the warp's rows.
+  __device__ void score(int tiles) {
+    constexpr int kRowTiles = Shape::kRowTiles;
+    const int base_row = warp() * Shape::kWarpRows + lane() / 4;
+    uint4 queries[kRowTiles][Shape::kSteps];
+    RunningRow rows[2 * kRowTiles];  // lane / 4 + 8 i of the warp
+    load_rows(base_row, queries);
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      rows[i] = {-INFINITY, 0.f};
+    }
+    const bool has_units = warp_first_unit() < units_;
+    const int warp_visible = has_units ? last_visible(warp_first_unit() + warp_units()) : 0;
+    // Below this all rows see everything.
+    const int free = has_units ? visible_cells(warp_first_unit() / group_ * block_rows_) : 0;
+    int stage = 0;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      asm volatile("cp.async.wait_group %0;\n" ::"n"(Shape::kStages - 2) : "memory");
+      __syncthreads();
+      const int refill = stage == 0 ? Shape::kStages - 1 : stage - 1;
+      copy_tile(refill, tile + Shape::kStages - 1, tiles);
+      const int first_cell = tile * kTileCells;
+      if (first_cell < warp_visible) {
+        float scores[kRowTiles][4][4] = {};
+        multiply(shared_.stages[stage].cells, queries, scores);
+        if (first_cell + kTileCells <= free) {
+          reduce<false>(tile, base_row, shared_.stages[stage].factors, scores, rows);
+        } else {
+          reduce<true>(tile, base_row, shared_.stages[stage].factors, scores, rows);
+        }
+      }
+      stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      const float total = log_total(rows[i], shared_.factors[base_row + 8 * i]);
+      if (lane() % 4 == 0) {
+        shared_.log_total[base_row + 8 * i] = total;
+      }
+    }
+    __syncwarp();
+  }
+
+  template <int kRowTiles, int kSteps>
+  __device__ void load_rows(int base_row, uint4 (&queries)[kRowTiles][kSteps]) {
+    const uint32_t* sources[2 * kRowTiles];
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      int visible = 0;
+      // What is read for a row that does not exist is not used.
+      const int64_t place = max(find_row(base_row + 8 * i, visible), int64_t{0});
+      if (lane() % 4 == 0) {
+        shared_.visible[base_row + 8 * i] = visible;
+        shared_.factors[base_row + 8 * i] = workspace_.q_factors[place];
+      }
+      sources[i] = reinterpret_cast<const uint32_t*>(workspace_.q_cells + place * Shape::kChunks) +
+                   lane() % 4;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        queries[m][step] = {sources[2 * m][step * 8], sources[2 * m + 1][step * 8],
+                            sources[2 * m][step * 8 + 4], sources[2 * m + 1][step * 8 + 4]};
+      }
+    }
+  }
+
+  // scores[m][n][i] is that of row 16 m + lane / 4 + 8 (i / 2) with cell 8 (lane % 4) + 2 n + i % 2
+  // of the tile: the 8 cells of a lane lie side by side, one or two whole key blocks.
+  template <int kRowTiles, int kSteps>
+  __device__ static void multiply(const uint4* cells, const uint4 (&queries)[kRowTiles][kSteps],
+                                  float (&scores)[kRowTiles][4][4]) {
+    // Lane 8 j + c names row c of matrix j: column c of n = 2 pair + j / 2, half j % 2 of a step.
+    const int column = lane() % 8;
+    const int half = lane() / 8 % 2;
+    const int cell = column / 2 * 8 + lane() / 16 * 2 + column % 2;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int chunk = (2 * step + half) ^ column;  // column is the swizzle of all its cells
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const uint4 keys = load_matrices(cells + (cell + 4 * pair) * Shape::kChunks + chunk);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma(scores[m][2 * pair], queries[m][step], keys.x, keys.y);
+          mma(scores[m][2 * pair + 1], queries[m][step], keys.z, keys.w);
+        }
+      }
+    }
+  }
+
+  // Adds a tile to the rows' softmax and writes its blocks' logits. kMasked: some row does not see
+  // all of the tile.
+  template <bool kMasked, int kRowTiles>
+  __device__ void reduce(int tile, int base_row, const float* cell_factors,
+                         const float (&scores)[kRowTiles][4][4],
+                         RunningRow (&rows)[2 * kRowTiles]) {
+    const int lane_cell = lane() % 4 * 8;
+    const float4 low = *reinterpret_cast<const float4*>(cell_factors + lane_cell);
+    const float4 high = *reinterpret_cast<const float4*>(cell_factors + lane_cell + 4);
+    const float cell_factor[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    const int first_block = tile * Shape::kTileBlocks + lane() % 4 * Shape::kLaneBlocks;
+    // A unit's rows side by side: whoever sums over them reads 16 or 32 bytes.
+    float* logits =
+        scratch_ +
+        (((base_row >> row_shift_) * workspace_.row_blocks + first_block) << row_shift_) +
+        (base_row & (block_rows_ - 1));
+#pragma unroll
+    for (int i = 0; i < 2 * kRowTiles; ++i) {
+      float block_largest[Shape::kLaneBlocks];
+      float block_sum[Shape::kLaneBlocks];
+      float largest = rows[i].largest;
+      const float factor = shared_.factors[base_row + 8 * i];
+      const int visible = kMasked ? shared_.visible[base_row + 8 * i] : 0;
+#pragma unroll
+      for (int block = 0; block < Shape::kLaneBlocks; ++block) {
+        float x[Shape::kBlockCells];
+        block_largest[block] = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < Shape::kBlockCells; ++j) {
+          const int cell = block * Shape::kBlockCells + j;
+          x[j] = scores[i / 2][cell / 2][i % 2 * 2 + cell % 2] * cell_factor[cell];
+          if (kMasked && tile * kTileCells + lane_cell + cell >= visible) {
+            x[j] = -INFINITY;
+          }
+          block_largest[block] = fmaxf(block_largest[block], x[j]);
+        }
+        // Relative to its own largest, so that equal blocks get equal logits wherever they are.
+        const float reference = reference_of<kMasked>(block_largest[block], factor);
+        block_sum[block] = 0.f;
+#pragma unroll
+        for (int j = 0; j < Shape::kBlockCells; ++j) {
+          block_sum[block] += exp2_approximate(fmaf(x[j], factor, -reference));
+        }
+        // 8 rows on are one unit, or two.
+        logits[8 * i * workspace_.row_blocks + (block << row_shift_)] =
+            reference + log2_approximate(block_sum[block]);
+        largest = fmaxf(largest, block_largest[block]);
+      }
+      const float reference = reference_of<kMasked>(largest, factor);
+      float sum = rows[i].sum * exp2_approximate(fmaf(rows[i].largest, factor, -reference));
+#pragma unroll
+      for (int block = 0; block < Shape::kLaneBlocks; ++block) {
+        sum += block_sum[block] * exp2_approximate(fmaf(block_largest[block], factor, -reference));
+      }
+      rows[i] = {largest, sum};
+    }
+  }
+
+  // What exponents are relative to; 0 where nothing was visible.
+  template <bool kMasked>
+  __device__ static float reference_of(float largest, float factor) {
+    return kMasked && largest == -INFINITY ? 0.f : largest * factor;
+  }
+
+  // The base 2 logarithm of the row's total; NaN where it is not defined.
+  __device__ static float log_total(RunningRow row, float factor) {
+    // A lane that saw nothing has largest -inf and sum 0.
+    const float own = fmaf(row.largest, factor, log2_approximate(row.sum));
+    float largest = own;
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, offset));
+    }
+    float sum = exp2_approximate(own - largest);
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+      sum += __shfl_xor_sync(kWarp, sum, offset);
+    }
+    return largest + log2_approximate(sum);
+  }
+
+  // The masses of a unit's `visible` key blocks over the rows that see anything, zeros behind them.
+  template <int kBlockRows>
+  __device__ void write_masses(int first_row, int visible, float* masses) const {
+    float log_total[kBlockRows];
+    bool sees[kBlockRows];
+    float seeing = 0.f;
+#pragma unroll
+    for (int i = 0; i < kBlockRows; ++i) {
+      log_total[i] = shared_.log_total[first_row + i];
+      sees[i] = shared_.visible[first_row + i] > 0;
+      seeing += sees[i] ? 1.f : 0.f;
+    }
+    const float share = 1.f / seeing;
+    const float4* logits =
+        reinterpret_cast<const float4*>(scratch_ + first_row * workspace_.row_blocks);
+#pragma unroll 1
+    for (int first = 0; first < visible; first += kSweepBlocks) {
+      const int block = first + lane();
+      // The loads of several blocks at once: they come from L2, or from behind it.
+      float4 x[kSweepBlocks / 32][kBlockRows / 4];
+#pragma unroll
+      for (int j = 0; j < kSweepBlocks / 32; ++j) {
+#pragma unroll
+        for (int part = 0; part < kBlockRows / 4; ++part) {
+          // Behind the last block nothing was written.
+          x[j][part] = logits[min(block + 32 * j, visible - 1) * (kBlockRows / 4) + part];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSweepBlocks / 32; ++j) {
+        float mass = 0.f;
+#pragma unroll
+        for (int part = 0; part < kBlockRows / 4; ++part) {
+          const float parts[4] = {x[j][part].x, x[j][part].y, x[j][part].z, x[j][part].w};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float row = exp2_approximate(parts[i] - log_total[part * 4 + i]);
+            mass += sees[part * 4 + i] ? row : 0.f;
+          }
+        }
+        masses[block + 32 * j] = block + 32 * j < visible ? mass * share : 0.f;
+      }
+    }
+    __syncwarp();
+  }
+
+  __device__ void select_unit(int unit_of_warp) {
+    const SelectBlocksParams& select = params_.select;
+    const int unit = warp_first_unit() + unit_of_warp;
+    const int q_block = unit / group_;
+    const RowRange range = row_range(select, q_block);
+    const int first_row = warp() * Shape::kWarpRows + unit_of_warp * block_rows_;
+    float* masses = workspace_.row_blocks <= Shape::kSharedMasses
+                        ? reinterpret_cast<float*>(shared_.stages) + warp() * Shape::kSharedMasses
+                        : scratch_ + (kCtaRows + warp()) * workspace_.row_blocks;
+    bool keep_all = select.top_p >= 1.0;
+    MassCut cut = {INFINITY, 0};
+    if (range.visible > 0 && !keep_all) {
+      if (block_rows_ == 8) {
+        write_masses<8>(first_row, range.visible, masses);
+      } else {
+        write_masses<4>(first_row, range.visible, masses);
+      }
+      const MassRow row(masses, range.visible);
+      keep_all = !row.finite();
+      if (!keep_all) {
+        cut = row.cut(KeepRules(select));
+      }
+    }
+    write_row((q_head(unit) * select.q_blocks + q_block), range, keep_all, cut, masses);
+    __syncwarp();  // the masses are read before the next unit's are written
+  }
+
+  // A lane a word.
+  __device__ void write_row(int64_t place, RowRange range, bool keep_all, MassCut cut,
+                            const float* masses) const {
+    const int words = static_cast<int>((params_.select.k_blocks + 31) / 32);
+    uint32_t* bits = params_.select.bits + place * words;
+    uint32_t ties_left = cut.ties;
+    uint32_t count = 0;
+#pragma unroll 1
+    for (int first = 0; first < words; first += 32) {
+      const int word = first + lane();
+      uint32_t kept = keep_all ? range_bits(word, 0, range.visible) : 0u;
+      if (!keep_all && cut.mass < INFINITY) {
+        const int end = min(first + 32, (range.visible + 31) / 32);
+#pragma unroll 1
+        for (int i = first; i < end; ++i) {
+          const float mass = masses[i * 32 + lane()];
+          uint32_t ballot = __ballot_sync(kWarp, mass > cut.mass);
+          uint32_t ties = __ballot_sync(kWarp, mass == cut.mass);
+          if (static_cast<uint32_t>(__popc(ties)) > ties_left) {
+            uint32_t rest = ties;
+#pragma unroll 1
+            for (uint32_t j = 0; j < ties_left; ++j) {
+              rest &= rest - 1;
+            }
+            ties &= ~rest;
+          }
+          ties_left -= static_cast<uint32_t>(__popc(ties));
+          ballot |= ties;
+          kept = word == i ? ballot : kept;
+        }
+      }
+      kept |= range_bits(word, 0, range.sink_end) |
+              range_bits(word, range.recent_begin, range.recent_end);
+      if (word < words) {
+        bits[word] = kept;
+        count += static_cast<uint32_t>(__popc(kept));
+      }
+    }
+    count = __reduce_add_sync(kWarp, count);
+    if (lane() == 0) {
+      params_.select.counts[place] = static_cast<int32_t>(count);
+    }
+  }
+
+  const EstimateGridParams& params_;
+  Storage& shared_;
+  GridWorkspace workspace_;
+  float* scratch_;
+  int q_cells_;
+  int k_cells_;
+  int group_;
+  int row_shift_;
+  int block_rows_;       // query cells of a query block
+  int units_;            // of a key head
+  int64_t kv_head_ = 0;  // over the batch
+  int first_unit_ = 0;
+};
+
+}  // namespace prism

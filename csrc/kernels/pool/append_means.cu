@@ -1,0 +1,161 @@
+#include "kernels/pool/append_means.h"
+
+#include "kernels/describe.h"
+#include "kernels/launch.h"
+#include "kernels/pool/load_rows.cuh"
+
+namespace prism {
+
+namespace {
+
+constexpr int kThreads = 128;  // as many as pooling has, which adds in the same order
+
+struct TokenRange {
+  int64_t first_block;
+  int64_t last_block;
+
+  __host__ __device__ explicit TokenRange(const AppendMeansParams& params)
+      : first_block(params.start / params.block_size),
+        last_block((params.start + params.length - 1) / params.block_size) {}
+
+  // One CTA takes the first and the last block: it reads the sums of the one before it writes those
+  // of the other.
+  __host__ __device__ int64_t head_ctas() const {
+    return last_block > first_block ? last_block - first_block : 1;
+  }
+};
+
+// kHeadDim / 8 threads span a row; group g of them adds up the tokens g, g + kRowGroups, ... of a
+// block. Those sums, kept of an unfinished block, go on as if there had been no cut.
+template <typename Element, int kHeadDim, bool kAligned>
+class BlockAppender {
+ public:
+  static constexpr int kRowThreads = kHeadDim / kVector;
+  static constexpr int kRowGroups = kThreads / kRowThreads;
+  using Sums = float[kRowGroups][kHeadDim];
+  static_assert(sizeof(Sums) == kRunningSums * sizeof(float));
+
+  __device__ BlockAppender(const AppendMeansParams& params, int64_t head, Sums& sums)
+      : params_(params),
+        source_(static_cast<const Element*>(params.x.data) +
+                head / params.heads * params.x.batch_stride +
+                head % params.heads * params.x.head_stride + lane() * kVector),
+        means_(params.means + head * params.capacity * kHeadDim),
+        running_(params.sums + head * kRunningSums),
+        shared_(sums) {}
+
+  __device__ void append(int64_t block) const {
+    const int64_t begin = block * params_.block_size;
+    const int64_t end = params_.start + params_.length;
+    const int old_rows = static_cast<int>(max(params_.start - begin, int64_t{0}));
+    const int rows = static_cast<int>(min(end - begin, int64_t{params_.block_size}));
+    float sum[kVector] = {};
+    float* const mine = running_ + group() * kHeadDim + lane() * kVector;
+    if (old_rows > 0) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sum[i] = mine[i];
+      }
+    }
+    const int skipped = max(old_rows - group() + kRowGroups - 1, 0) / kRowGroups;
+    const Element* const block_source = source_ + (begin - params_.start) * params_.x.row_stride;
+#pragma unroll 8
+    for (int row = group() + skipped * kRowGroups; row < rows; row += kRowGroups) {
+      const Pack<Element> pack = load<Element, kAligned>(block_source + row * params_.x.row_stride);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sum[i] += to_float(pack.element[i]);
+      }
+    }
+    __syncthreads();  // the sums of the block before are done with
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      shared_[group()][lane() * kVector + i] = sum[i];
+    }
+    if (rows < params_.block_size) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        mine[i] = sum[i];
+      }
+    }
+    __syncthreads();
+    for (int dim = threadIdx.x; dim < kHeadDim; dim += kThreads) {
+      float total = 0.f;
+#pragma unroll
+      for (int g = 0; g < kRowGroups; ++g) {
+        total += shared_[g][dim];
+      }
+      means_[block * kHeadDim + dim] = total / static_cast<float>(rows);
+    }
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % kRowThreads; }
+  __device__ static int group() { return static_cast<int>(threadIdx.x) / kRowThreads; }
+
+  const AppendMeansParams& params_;
+  const Element* source_;
+  float* means_;
+  float* running_;
+  Sums& shared_;
+};
+
+template <typename Element, int kHeadDim, bool kAligned>
+__global__ void __launch_bounds__(kThreads)
+    append_means_kernel(const __grid_constant__ AppendMeansParams params) {
+  using Appender = BlockAppender<Element, kHeadDim, kAligned>;
+  __shared__ typename Appender::Sums sums;
+  const TokenRange range(params);
+  const int64_t ctas = range.head_ctas();
+  const Appender appender(params, blockIdx.x / ctas, sums);
+  const int64_t index = blockIdx.x % ctas;
+  appender.append(range.first_block + index);
+  if (index == 0 && range.last_block > range.first_block) {
+    appender.append(range.last_block);
+  }
+}
+
+template <typename Element, int kHeadDim>
+cudaError_t launch_as(const AppendMeansParams& params, cudaStream_t stream) {
+  const auto kernel = is_aligned(params.x) ? append_means_kernel<Element, kHeadDim, true>
+                                           : append_means_kernel<Element, kHeadDim, false>;
+  const int64_t grid = params.batch * params.heads * TokenRange(params).head_ctas();
+  return launch_kernel(kernel, {grid, kThreads, 0}, stream, params);
+}
+
+template <typename Element>
+cudaError_t launch_element(const AppendMeansParams& params, cudaStream_t stream) {
+  switch (params.head_dim) {
+    case 64:
+      return launch_as<Element, 64>(params, stream);
+    case 128:
+      return launch_as<Element, 128>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <typename Element, int kHeadDim>
+void describe(std::vector<KernelInfo>& kernels, const std::string& element) {
+  describe_kernel(kernels, "append_means<" + element + ", d" + std::to_string(kHeadDim) + ">",
+                  "one block of tokens", append_means_kernel<Element, kHeadDim, true>, kThreads, 0);
+}
+
+}  // namespace
+
+cudaError_t launch_append_means(const AppendMeansParams& params, cudaStream_t stream) {
+  if (params.batch == 0 || params.heads == 0 || params.length == 0) {
+    return cudaSuccess;
+  }
+  return params.dtype == DType::kFloat16 ? launch_element<__half>(params, stream)
+                                         : launch_element<__nv_bfloat16>(params, stream);
+}
+
+void describe_append_means(std::vector<KernelInfo>& kernels) {
+  describe<__nv_bfloat16, 64>(kernels, "bf16");
+  describe<__nv_bfloat16, 128>(kernels, "bf16");
+  describe<__half, 64>(kernels, "fp16");
+  describe<__half, 128>(kernels, "fp16");
+}
+
+}  // namespace prism

@@ -1,0 +1,234 @@
+"""Ragged batches: sequences of different lengths, packed or in pages, and what they should give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers import inputs, oracle
+from helpers.cases import B128, B128_64
+from helpers.oracle import Attention
+
+# (queries, keys): one token, around a block, nothing, a prefix, more queries than keys.
+LENGTHS = (
+    (1, 1),
+    (127, 127),
+    (0, 0),
+    (129, 200),
+    (5, 0),
+    (0, 70),
+    (128, 128),
+    (33, 300),
+    (200, 64),
+)
+
+
+@dataclass(frozen=True)
+class RaggedCase:
+    name: str
+    lengths: tuple[tuple[int, int], ...] = LENGTHS
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    blocks: tuple[int, int] = B128
+    causal: bool = True
+    page_size: int | None = None  # None: packed
+    shared: bool = False  # sequences begin with the same pages
+    heads_first: bool = False  # a page's memory is (heads, slots)
+    unused: int = 0  # rows at the end of every packed sequence that do not count
+    slack: tuple[int, int] = (0, 0)  # by which max_seqlen_q and max_seqlen_k are too large
+    mask: str = "random"
+    odd_stride: bool = False
+    sinks: bool = False
+
+
+RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
+    "packed": (
+        RaggedCase("b128_d64"),
+        RaggedCase("b128_64_d128", head_dim=128, blocks=B128_64),
+        RaggedCase("b128_d128_full", head_dim=128, mask="full"),
+        RaggedCase("b64_d128", head_dim=128, blocks=(64, 64)),
+        RaggedCase("b128_d256", head_dim=256, q_heads=2),
+        RaggedCase("bidirectional", causal=False, blocks=B128_64),
+        RaggedCase("unused_rows", unused=37, head_dim=128),
+        RaggedCase("slack", slack=(700, 5000)),
+        RaggedCase("odd_stride", odd_stride=True),
+        RaggedCase("sinks", sinks=True, head_dim=128),
+        RaggedCase("one_kv_head", q_heads=5, kv_heads=1),
+        RaggedCase("many_sequences", lengths=((3, 40), (0, 9), (17, 17)) * 23, q_heads=2),
+        RaggedCase("empty_rows", mask="alternating_empty", head_dim=128, sinks=True),
+    ),
+    "paged": (
+        *(RaggedCase(f"page_{n}", page_size=n) for n in (1, 8, 16, 64, 128, 256)),
+        RaggedCase("page_4_d128", page_size=4, head_dim=128, blocks=B128_64),
+        RaggedCase("page_16_d128", page_size=16, head_dim=128, blocks=B128_64),
+        RaggedCase("page_32_d128", page_size=32, head_dim=128, mask="full"),
+        RaggedCase("page_256_d256", page_size=256, head_dim=256, q_heads=2),
+        RaggedCase("page_16_b64", page_size=16, blocks=(64, 64)),
+        RaggedCase("shared_prefix", page_size=16, shared=True, head_dim=128),
+        RaggedCase("heads_first", page_size=32, heads_first=True, head_dim=128),
+        RaggedCase("bidirectional", page_size=16, causal=False),
+        RaggedCase("slack", page_size=64, slack=(300, 900)),
+        RaggedCase("sinks", page_size=64, sinks=True),
+    ),
+}
+
+
+@dataclass
+class RaggedInputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor  # (B, Hq, Nq, Nk) bool
+    tensors: dict[str, Any]  # the op's other tensors and lengths, by name
+    settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
+    keys: list[Tensor] = field(default_factory=list)  # (Hkv, k_len, D) of every sequence
+    values: list[Tensor] = field(default_factory=list)
+
+    def op_arguments(self) -> dict[str, Any]:
+        bits, counts = oracle.pack_bits(self.mask)
+        arguments = {"q": self.q, "k": self.k, "v": self.v, "bits": bits, "counts": counts}
+        return arguments | self.tensors | self.settings
+
+    def rows(self) -> list[slice]:
+        ends = self.tensors["cu_seqlens_q"].tolist()
+        return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _cumulative(lengths: list[int], device: str) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def _packed(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """k, v with NaN in the rows that do not count."""
+    lengths = [k_len + case.unused for _, k_len in case.lengths]
+    shape = (sum(lengths), case.kv_heads, case.head_dim)
+    made: dict[str, Any] = {"cu_seqlens_k": _cumulative(lengths, device)}
+    if case.unused:
+        used = [k_len for _, k_len in case.lengths]
+        made["seqused_k"] = torch.tensor(used, device=device, dtype=torch.int32)
+    ends = made["cu_seqlens_k"].tolist()
+    for i, name in enumerate("kv"):
+        x = _rows(shape, dtype, device, seed + i, case.odd_stride)
+        parts = []
+        for start, (_, k_len) in zip(ends, case.lengths, strict=False):
+            parts.append(x[start : start + k_len].transpose(0, 1).clone())
+            x[start + k_len : start + k_len + case.unused] = torch.nan
+        made[name], made[name + "_parts"] = x, parts
+    return made
+
+
+def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict[str, Any]:
+    """Pools with shuffled pages, NaN in the slots that hold no token; page numbers past a
+    sequence's end would crash whoever follows them."""
+    size = case.page_size or 1
+    pages = [oracle.ceil_div(k_len, size) for _, k_len in case.lengths]
+    width = oracle.ceil_div(max(k for _, k in case.lengths) + case.slack[1], size)
+    order = torch.randperm(sum(pages) + 3, generator=inputs.generator(seed + 9)).tolist()
+    rows = [[order.pop() for _ in range(n)] for n in pages]
+    if case.shared:
+        longest = max(rows, key=len)
+        # Whole pages only: the last one of a sequence is its own.
+        rows = [[*longest[: max(len(row) - 1, 0)], *row[-1:]] for row in rows]
+    table = torch.full((len(rows), width + 2), 1 << 30, dtype=torch.int32)
+    filled = torch.zeros(sum(pages) + 3, size, dtype=torch.bool)
+    for b, (row, (_, k_len)) in enumerate(zip(rows, case.lengths, strict=True)):
+        table[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        for i, page in enumerate(row):
+            filled[page, : k_len - i * size] = True
+    used = [k_len for _, k_len in case.lengths]
+    made: dict[str, Any] = {
+        "block_table": table.to(device)[:, : width + 1],  # rows of another stride
+        "seqused_k": torch.tensor(used, device=device, dtype=torch.int32),
+    }
+    for i, name in enumerate("kv"):
+        shape = (len(filled), size, case.kv_heads, case.head_dim)
+        x = inputs.values(shape, "normal", dtype, seed + i)
+        x[~filled] = torch.nan
+        if case.heads_first:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        made[name + "_parts"] = [
+            x[row].flatten(0, 1)[:k_len].transpose(0, 1).to(device)
+            for row, (_, k_len) in zip(rows, case.lengths, strict=True)
+        ]
+        made[name] = torch.empty_like(x, device=device).copy_(x)
+    return made
+
+
+def _rows(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int, odd_stride: bool
+) -> Tensor:
+    layout = "odd_stride" if odd_stride else "contiguous"
+    return inputs.tensor((1, *shape), dtype, device, seed=seed, layout=layout)[0]
+
+
+def ragged_inputs(case: RaggedCase, dtype: torch.dtype, device: str, seed: int = 0) -> RaggedInputs:
+    q_lengths = [q_len for q_len, _ in case.lengths]
+    max_q = max(q_lengths) + case.slack[0]
+    max_k = max(k_len for _, k_len in case.lengths) + case.slack[1]
+    shape = (sum(q_lengths), case.q_heads, case.head_dim)
+    made = (_packed if case.page_size is None else _paged)(case, dtype, device, seed + 1)
+    mask = inputs.block_mask(
+        case.mask, len(case.lengths), case.q_heads, max_q, max_k, case.blocks, False, device, seed
+    )
+    sinks = torch.randn(case.q_heads, generator=inputs.generator(seed + 5)) * 3
+    return RaggedInputs(
+        q=_rows(shape, dtype, device, seed + 3, case.odd_stride),
+        k=made["k"],
+        v=made["v"],
+        mask=mask,
+        tensors={
+            "cu_seqlens_q": _cumulative(q_lengths, device),
+            "cu_seqlens_k": made.get("cu_seqlens_k"),
+            "seqused_k": made.get("seqused_k"),
+            "block_table": made.get("block_table"),
+            "max_seqlen_q": max_q,
+            "max_seqlen_k": max_k,
+            "sinks": sinks.to(device) if case.sinks else None,
+        },
+        settings={
+            "scale": None,
+            "causal": case.causal,
+            "q_block_size": case.blocks[0],
+            "k_block_size": case.blocks[1],
+        },
+        keys=made["k_parts"],
+        values=made["v_parts"],
+    )
+
+
+def add_sinks(want: Attention, plain: Tensor, sinks: Tensor) -> tuple[Attention, Tensor]:
+    """What one more logit in the denominators of the heads makes of (B, Hq, L, D) results."""
+    lse = torch.logaddexp(want.lse, sinks.double()[:, None])
+    share = torch.exp(want.lse - lse)[..., None]
+    return (
+        replace(want, out=want.out * share, magnitude=want.magnitude * share, lse=lse),
+        (plain * share).to(plain.dtype),
+    )
+
+
+def expected(case: RaggedInputs) -> tuple[Attention, Tensor]:
+    """(1, Hq, total_q, ...) float64 results, and the same in plain PyTorch."""
+    results, plains = [], []
+    q_size, k_size = case.settings["q_block_size"], case.settings["k_block_size"]
+    for b, rows in enumerate(case.rows()):
+        q = case.q[rows].transpose(0, 1)[None]
+        k, v = case.keys[b][None], case.values[b][None]
+        q_blocks = oracle.ceil_div(q.shape[2], q_size)
+        k_blocks = oracle.ceil_div(k.shape[2], k_size)
+        mask = case.mask[b : b + 1, :, :q_blocks, :k_blocks]
+        results.append(oracle.attention(q, k, v, mask, **case.settings))
+        plains.append(oracle.low_precision_attention(q, k, v, mask, **case.settings))
+    want = Attention(
+        *(
+            torch.cat([getattr(r, name) for r in results], dim=2)
+            for name in ("out", "lse", "magnitude", "score_terms")
+        )
+    )
+    plain = torch.cat(plains, dim=2)
+    if case.tensors["sinks"] is not None:
+        return add_sinks(want, plain, case.tensors["sinks"])
+    return want, plain

@@ -1,0 +1,208 @@
+"""ChunkedPrefill: chunk by chunk, what one call over the whole prompt gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import inputs, oracle
+
+import prism_cuda
+from prism_cuda import ChunkedPrefill, PrismConfig
+from prism_cuda.block_mask import BlockMask
+
+HEADS, KV_HEADS, DIM = 4, 2, 64
+EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
+SPARSE = PrismConfig(block_size=64, top_p=0.8, dense_below=0)
+CUTS = {
+    "blocks": (256, 512, 256),
+    "odd": (100, 333, 70, 521),
+    "short_ones": (200, 1, 63, 300, 5, 455),
+    "one_chunk": (1024,),
+}
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def prompt(device: str, length: int = 1024, seed: int = 0) -> Qkv:
+    q, k = inputs.structured_qk(HEADS, KV_HEADS, length, length, DIM, device, seed)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return q.to(dtype), k.to(dtype), inputs.tensor(tuple(k.shape), dtype, device, seed=seed + 9)
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Float64 causal attention."""
+    full = BlockMask.full(*q.shape[:3], k.shape[2], q_block_size=64, k_block_size=64)
+    return oracle.attention(
+        q, k, v, full.to_dense().to(q.device), q_block_size=64, k_block_size=64, causal=True
+    ).out
+
+
+def state(config: PrismConfig, device: str, max_len: int = 1024) -> ChunkedPrefill:
+    return ChunkedPrefill(1, KV_HEADS, DIM, max_len, config=config, device=device)
+
+
+def chunks(qkv: Qkv, cuts: tuple[int, ...]) -> Iterator[Qkv]:
+    """The queries of a chunk, and all keys and values so far."""
+    q, k, v = qkv
+    end = 0
+    for size in cuts:
+        end += size
+        yield q[:, :, end - size : end], k[:, :, :end], v[:, :, :end]
+
+
+def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
+    return float((out.double() - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+def test_at_p_1_chunks_equal_dense_attention(device: str, cuts: tuple[int, ...]) -> None:
+    qkv = prompt(device)
+    chunked = state(EXACT, device)
+    out = torch.cat([chunked.prefill(*chunk) for chunk in chunks(qkv, cuts)], dim=2)
+    tolerance = 1e-4 if device == "cpu" else 2e-2
+    torch.testing.assert_close(out.double(), dense(*qkv), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+@pytest.mark.parametrize("block_size", [64, 128, (128, 64)])
+def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
+    device: str, block_size: int | tuple[int, int], cuts: tuple[int, ...]
+) -> None:
+    config = PrismConfig(block_size=block_size, top_p=0.8, dense_below=0)
+    q_block, k_block = config.block_sizes
+    chunked = state(config, device)
+    for q, k, v in chunks(prompt(device), cuts):
+        out, mask = chunked.prefill(q, k, v, return_mask=True)
+        whole = state(config, device)
+        whole.append(k)
+        assert torch.equal(chunked.means, whole.means)
+        assert chunked.length == k.shape[2]
+        if q.shape[2] < q_block:
+            assert mask is None
+            continue
+        bits, counts = torch.ops.prism.select_blocks(
+            torch.ops.prism.block_pool(q, q_block), whole.means, q.shape[2], k.shape[2],
+            *config.resolve_bands(DIM).ranges, config.top_p,
+            q_block_size=q_block, k_block_size=k_block,
+        )  # fmt: skip
+        assert torch.equal(mask.bits, bits)
+        assert torch.equal(mask.counts, counts)
+        assert torch.equal(out, prism_cuda.sparse_attention(q, k, v, mask))
+
+
+def test_on_cuda_a_chunk_is_prefill_over_all_keys(cuda: str) -> None:
+    """The means are those of block_pool there, so that nothing differs from reading all keys."""
+    chunked = state(SPARSE, cuda)
+    for q, k, v in chunks(prompt(cuda), CUTS["odd"]):
+        assert torch.equal(chunked.prefill(q, k, v), prism_cuda.prefill(q, k, v, config=SPARSE))
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
+    device: str, cuts: tuple[int, ...]
+) -> None:
+    """The energies behind the temperatures differ; on cuts within blocks, so do the query blocks.
+
+    Those then mix two of the inputs' topics, which begin every 64 tokens.
+    """
+    config = PrismConfig(block_size=64, top_p=0.97, dense_below=0, keep_sink=0)
+    q, k, v = qkv = prompt(device, seed=3)
+    want = dense(*qkv)
+    whole, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    assert 0.2 < mask.density() < 0.3
+    chunked = state(config, device)
+    outs, kept, visible = [], 0, 0.0
+    for chunk in chunks(qkv, cuts):
+        out, mask_of_chunk = chunked.prefill(*chunk, return_mask=True)
+        outs.append(out)
+        if mask_of_chunk is not None:
+            kept += int(mask_of_chunk.counts.sum())
+            visible += int(mask_of_chunk.counts.sum()) / mask_of_chunk.density()
+    error = relative_error(torch.cat(outs, dim=2), want)
+    if all(size % 64 == 0 for size in cuts):
+        assert abs(kept / visible - mask.density()) < 0.01
+        assert error < 1.1 * relative_error(whole, want)
+    else:
+        assert 0 < kept / visible - mask.density() < 0.1
+        assert error < 0.07
+        nothing = prism_cuda.prefill(q, k, v, config=replace(config, top_p=0.0))
+        assert relative_error(nothing, want) > 0.2
+
+
+@pytest.mark.parametrize("start", [1, 63, 64, 65, 100, 127])
+@pytest.mark.parametrize("block_size", [64, 128, (128, 64)])
+def test_own_key_blocks_are_kept_wherever_a_chunk_starts(
+    device: str, start: int, block_size: int | tuple[int, int]
+) -> None:
+    config = PrismConfig(block_size=block_size, top_p=0.0, dense_below=0, keep_sink=0)
+    q_block, k_block = config.block_sizes
+    q, k, v = prompt(device)
+    chunked = state(config, device)
+    chunked.append(k[:, :, :start])
+    end = start + 400
+    _, mask = chunked.prefill(q[:, :, start:end], k[:, :, :end], v[:, :, :end], return_mask=True)
+    keep = mask.to_dense()[0, 0].cpu()
+    for row in range(keep.shape[0]):
+        first = start + row * q_block
+        last = min(first + q_block, end) - 1
+        own = list(range(first // k_block, last // k_block + 1))
+        assert keep[row].nonzero().flatten().tolist() == own
+
+
+def test_a_reset_state_serves_another_prompt(device: str) -> None:
+    chunked = state(SPARSE, device)
+    first = [chunked.prefill(*chunk) for chunk in chunks(prompt(device, seed=1), CUTS["odd"])]
+    chunked.reset()
+    chunked.append(prompt(device, seed=2)[1][:, :, :700])
+    chunked.reset()
+    again = [chunked.prefill(*chunk) for chunk in chunks(prompt(device, seed=1), CUTS["odd"])]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_chunks_are_recorded(device: str) -> None:
+    chunked = state(SPARSE, device)
+    with prism_cuda.record(masks=True, times=True) as recording:
+        for chunk in chunks(prompt(device), (512, 20, 492)):
+            chunked.prefill(*chunk)
+    assert [call.path for call in recording.calls] == ["prism", "dense", "prism"]
+    assert [call.k_len for call in recording.calls] == [512, 532, 1024]
+    assert recording.calls[0].times.keys() == {"pool", "select", "attend"}
+    assert recording.calls[2].mask is not None
+    assert recording.calls[2].density == recording.calls[2].mask.density()
+
+
+def test_wrong_calls_are_refused(device: str) -> None:
+    q, k, v = prompt(device)
+    with pytest.raises(ValueError, match=r"head_dim is 256.*64, 128"):
+        ChunkedPrefill(1, 2, 256, 1024, device=device)
+    chunked = state(SPARSE, device, max_len=500)
+    with pytest.raises(ValueError, match=r"1024 tokens after 0 exceed max_len 500"):
+        chunked.append(k)
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 10, 64\).*\(1, 2, tokens, 64\)"):
+        chunked.append(k[:, :1, :10])
+    chunked.append(k[:, :, :300])
+    with pytest.raises(ValueError, match=r"k has 200 tokens.*at least 300"):
+        chunked.prefill(q[:, :, :200], k[:, :, :200], v[:, :, :200])
+    assert chunked.length == 300
+
+
+def test_heads_with_settings_of_their_own(device: str) -> None:
+    """In one chunk, so that means and temperatures are those of a whole call."""
+    config = replace(SPARSE, top_p=(0.3, 0.6, 0.6, 0.8), dense_heads=(1,))
+    q, k, v = prompt(device)
+    _, mask = state(config, device).prefill(q, k, v, return_mask=True)
+    assert torch.equal(mask.bits, prism_cuda.select_blocks(q, k, config=config).bits)
+    density = mask.density_per_head()[0]
+    assert density[1] == 1 and (density[[0, 2, 3]] < 1).all()
+
+
+def test_settings_for_another_number_of_heads_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
+        state(replace(SPARSE, top_p=(0.3, 0.6, 0.6)), device).prefill(*prompt(device))
+
+
+def test_the_grid_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="estimator is 'grid'; expected 'bands'"):
+        state(replace(SPARSE, estimator="grid"), device)

@@ -6,12 +6,12 @@
 `estimate` is the whole chain from q and k to the mask, `pool` the same with top_p 1, where nothing
 is scored: pooling and writing the mask. `pool q`, `pool k` and `select` are the ops on their own;
 `select` starts from means; `append 2K` and `append 8K` bring the means of K up to date with that
-many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator. GB/s counts what a stage has to read: q and
-k, the new tokens, or the means. MB is the memory one call takes at its peak beyond its inputs, its
-results included. Ours are CUDA-graph replays that take inputs in turn, so that none are left in L2
-(appended chunks are: they are small); the official estimator reads the sizes of its masks back and
-cannot be captured: eager calls, with K repeated for each query head (`repeat kv`) beforehand, as it
-needs it.
+many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator. GB/s
+counts what a stage has to read: q and k, the new tokens, or the means. MB is the memory one call
+takes at its peak beyond its inputs, its results included. Ours are CUDA-graph replays that take
+inputs in turn, so that none are left in L2 (appended chunks are: they are small); the official
+estimator reads the sizes of its masks back and cannot be captured: eager calls, with K repeated for
+each query head (`repeat kv`) beforehand, as it needs it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@
 Two kinds of rows for prism: `structured` is prefill on inputs with topics and an anchor, at the
 density that top-p finds there; a number is a fixed density: estimation on the same inputs, then
 attention under a random mask of that density. Flex computes the blocks that prism kept, without
-estimating them. Calls that take more than a second are timed once ("once"), all others replay a
-CUDA graph. The crossover is the length above which prism beats the best dense kernel.
+estimating them. `prism_grid` is the grid estimator on the structured inputs. Calls that take more
+than a second are timed once ("once"), all others replay a CUDA graph. The crossover is the length
+above which prism beats the best dense kernel.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from implementations import Inputs, dense, flex, flex_mask
 from masks import causal_density, default_bands, pack, random_causal_mask, structured_qkv
 from record import print_table, write_json
 from timing import measure, measure_once_if_long
+from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from prism_cuda._bits import unpack  # registers the ops too
 
 COLUMNS = ["L", "distribution", "kept_density", "impl", "mode", "ms", "speedup", "error"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
-IMPLS = ("prism", "fa2", "cudnn", "flex", "stages")
+IMPLS = ("prism", "prism_grid", "fa2", "cudnn", "flex", "stages")
+GRID_TOP_P = 0.9  # with its threshold, near the quality of the bands at 0.95: docs/quality.md
 BLOCK = 128
 DENSE = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 Row = dict[str, Any]
@@ -91,6 +94,8 @@ class Bench:
         if "prism" in options.impls:
             row = timed(lambda: ops.prefill(q, k, v, *bands, options.top_p))
             self.add(length, "structured", "prism", row, kept_density=density)
+        if "prism_grid" in options.impls:
+            self.add_grid(q, k, v, visible)
         if "stages" in options.impls:
             row = timed(lambda: ops.estimate_blocks(q, k, *bands, options.top_p))
             self.add(length, "structured", "estimate", row, kept_density=density)
@@ -101,6 +106,17 @@ class Bench:
         if length <= options.longest_fixed and "prism" in options.impls:
             for fixed in options.densities:
                 self.add_fixed(x, length, fixed, bands)
+
+    def add_grid(self, q: Tensor, k: Tensor, v: Tensor, visible: float) -> None:
+        ops = torch.ops.prism
+
+        def whole() -> Tensor:
+            bits, counts = ops.estimate_grid(q, k, GRID_TOP_P, keep_above=(1 - GRID_TOP_P) / 10)
+            ops.sparse_attention(q, k, v, bits, counts)
+            return counts
+
+        density = float(whole().sum(dtype=torch.int64)) / visible
+        self.add(q.shape[2], "structured", "prism_grid", timed(whole), kept_density=density)
 
     def add_fixed(
         self, x: Inputs, length: int, fixed: float, bands: tuple[list[int], list[int]]

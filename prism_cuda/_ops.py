@@ -211,6 +211,8 @@ def _fake_sparse_attention(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices("sparse_attention", q=q, k=k, v=v, bits=bits, counts=counts, sinks=sinks)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -233,6 +235,8 @@ def _fake_sparse_attention_varlen(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices(
         "sparse_attention_varlen", q=q, k=k, v=v, bits=bits, counts=counts,

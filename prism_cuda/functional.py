@@ -154,6 +154,8 @@ def sparse_attention(
     scale: float | None = None,
     causal: bool | None = None,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of ``mask`` only.
@@ -164,6 +166,9 @@ def sparse_attention(
         causal: the mask's own setting if None.
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
             (attention sinks); lse includes it.
+        softcap: scaled scores become softcap * tanh(score / softcap).
+        window_left: a row sees only so many keys before its own position. It and softcap run on the
+            portable kernel, on Hopper too.
 
     Returns:
         out like q, or (out, lse).
@@ -192,6 +197,8 @@ def sparse_attention(
         mask.q_block_size,
         mask.k_block_size,
         sinks,
+        softcap,
+        window_left,
     )
     return (out, lse) if return_lse else out
 

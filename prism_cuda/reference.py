@@ -323,6 +323,8 @@ def sparse_attention(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the kept (query block, key block) pairs, causal token by token.
 
@@ -332,6 +334,8 @@ def sparse_attention(
             skipped.
         scale: softmax scale, D ** -0.5 if None.
         sinks: (Hq,) logits that join the softmax denominators of their heads, without a value.
+        softcap: scaled scores become softcap * tanh(score / softcap).
+        window_left: a row sees its own position and so many keys before it only.
 
     Returns:
         out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator, sink
@@ -366,7 +370,10 @@ def sparse_attention(
                     k_head.index_select(0, columns),
                     v_head.index_select(0, columns),
                     columns,
-                    first if causal else None,
+                    first,
+                    causal,
+                    softcap,
+                    window_left,
                 )
                 if sinks is not None:
                     block_out, block_lse = _add_sink(block_out, block_lse, sinks[h].to(dtype))
@@ -380,19 +387,25 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     columns: torch.Tensor,
-    first_position: int | None,
+    first_position: int,
+    causal: bool,
+    softcap: float | None,
+    window_left: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one query block, q (M, D) already scaled, to the gathered keys (N, D).
 
-    columns (N,) are the keys' positions, ascending; first_position is the position of q's first
-    row, or None where every key is visible.
+    columns (N,) are the keys' positions, ascending; first_position is that of q's first row.
     """
     scores = q @ k.T
-    if first_position is not None:
-        position = first_position + torch.arange(q.shape[0], device=q.device)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    position = first_position + torch.arange(q.shape[0], device=q.device)
+    if causal:
         # Keys up to the block's first position are visible to all its rows.
         free = int(torch.searchsorted(columns, first_position, right=True))
         scores[:, free:].masked_fill_(columns[free:] > position[:, None], -math.inf)
+    if window_left is not None:
+        scores.masked_fill_(columns < position[:, None] - window_left, -math.inf)
     highest = scores.amax(-1, keepdim=True)
     shift = torch.where(highest == -math.inf, 0, highest)
     weights = scores.sub_(shift).exp_()
@@ -427,6 +440,8 @@ def sparse_attention_varlen(
     q_block_size: int = 128,
     k_block_size: int = 128,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`sparse_attention` of every sequence of a ragged batch by itself.
 
@@ -470,6 +485,8 @@ def sparse_attention_varlen(
             q_block_size,
             k_block_size,
             sinks,
+            softcap,
+            window_left,
         )
         out[rows] = of_sequence[0].transpose(0, 1)
         lse[:, rows] = of_sequence_lse[0]

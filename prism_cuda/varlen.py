@@ -24,6 +24,8 @@ def sparse_attention_varlen(
     causal: bool = True,
     block_size: tuple[int, int] = (128, 128),
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of sequences of different lengths, in one launch.
@@ -35,7 +37,7 @@ def sparse_attention_varlen(
 
     Args:
         q: (total_q, Hq, D) bf16 or fp16 (float32 too on CPU), all sequences one after the other;
-            D 64, 128 or 256. Any strides whose last is 1, as for k and v.
+            D a multiple of 8 up to 256. Any strides whose last is 1, as for k and v.
         k, v: packed like q, (total_k, Hkv, D) with cu_seqlens_k; or pools of pages,
             (pages, page_size, Hkv, D) with block_table, page_size a power of two up to 256. Hq is a
             multiple of Hkv.
@@ -57,6 +59,9 @@ def sparse_attention_varlen(
         block_size: (query, key) tokens per block: (128, 128), (128, 64) or (64, 64).
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value;
             lse includes it.
+        softcap: scaled scores become softcap * tanh(score / softcap).
+        window_left: a row sees only so many keys before its own position. It and softcap run on the
+            portable kernel, on Hopper too.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
 
     Returns:
@@ -85,6 +90,8 @@ def sparse_attention_varlen(
         causal,
         *block_size,
         sinks,
+        softcap,
+        window_left,
     )
     return (out, lse) if return_lse else out
 

@@ -122,14 +122,14 @@ struct RaggedBatch {
 // Of a ragged batch, q and out are (q_heads, total_q, head_dim), without a batch stride, and so are
 // k and v, or with pages (pages, kv_heads, page_size, head_dim); lse is (q_heads, total_q).
 struct SparseAttentionParams {
-  TensorView q;           // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;           // (batch, kv_heads, k_len, head_dim), dtype
-  TensorView v;           // (batch, kv_heads, k_len, head_dim), dtype
-  TensorView out;         // (batch, q_heads, q_len, head_dim), dtype, rows 16-byte aligned
-  float* lse;             // (batch, q_heads, q_len), contiguous, natural logarithm
-  const float* sinks;     // (q_heads): logits added to the softmax denominator; null: none
-  const uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
-  const int32_t* counts;  // (batch, q_heads, q_blocks), contiguous; set bits of each row
+  TensorView q;                  // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;                  // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView v;                  // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView out;                // (batch, q_heads, q_len, head_dim), dtype, rows 16-byte aligned
+  float* lse;                    // (batch, q_heads, q_len), contiguous, natural logarithm
+  const float* sinks = nullptr;  // (q_heads): logits added to the softmax denominator; null: none
+  const uint32_t* bits;          // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  const int32_t* counts;         // (batch, q_heads, q_blocks), contiguous; set bits of each row
   int32_t* tile_counter;  // workspace of one element, for kernels that draw their tiles from it
   int64_t batch;
   int q_heads;
@@ -137,10 +137,12 @@ struct SparseAttentionParams {
   int q_len;  // tokens; of a ragged batch the most that a sequence has
   int k_len;  // tokens; of a ragged batch the most that a sequence has
   int head_dim;
-  int q_block_size;  // tokens
-  int k_block_size;  // tokens
-  float scale;       // softmax scale, > 0
-  bool causal;       // bottom-right aligned
+  int q_block_size;      // tokens
+  int k_block_size;      // tokens
+  float scale;           // softmax scale, > 0
+  float softcap = 0.f;   // scores become softcap * tanh(score / softcap); 0: they do not
+  int window_left = -1;  // keys before its own position that a row sees; -1: all
+  bool causal;           // bottom-right aligned
   DType dtype;
   RaggedBatch ragged;
 };

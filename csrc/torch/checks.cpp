@@ -58,7 +58,7 @@ void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t
               dims, " dimensions: ", shape);
   const int64_t head_dim = tensor.size(dims - 1);
   PRISM_CHECK(head_dim_supported(head_dim), op, name, " has head_dim ", head_dim, " (shape ",
-              shape_string(tensor), "); allowed: 64, 128, 256");
+              shape_string(tensor), "); allowed: multiples of 8 up to 256");
   PRISM_CHECK(tensor.stride(dims - 1) == 1 || tensor.numel() == 0, op, name, " has last stride ",
               tensor.stride(dims - 1), "; expected 1 (head_dim elements adjacent)");
 }
@@ -70,8 +70,9 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_estimated(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.size(3) <= kMaxHeadDim, op, name, " has head_dim ", tensor.size(3), " (shape ",
-              shape_string(tensor), "); blocks are estimated at 64, 128 only");
+  PRISM_CHECK(tensor.size(3) == 64 || tensor.size(3) == kMaxHeadDim, op, name, " has head_dim ",
+              tensor.size(3), " (shape ", shape_string(tensor),
+              "); blocks are estimated at 64, 128 only");
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
@@ -201,6 +202,17 @@ void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tenso
               torch::headeronly::toString(sinks->scalar_type()), "; expected Float (float32)");
   check_shape(op, "sinks", *sinks, {q_heads}, "(q_heads)");
   PRISM_CHECK(sinks->is_contiguous(), op, "sinks is not contiguous; expected contiguous");
+}
+
+ScoreOptions check_scores(const char* op, std::optional<double> softcap,
+                          std::optional<int64_t> window_left, int64_t k_len) {
+  PRISM_CHECK(!softcap || (*softcap > 0.0 && std::isnormal(static_cast<float>(*softcap))), op,
+              "softcap is ", *softcap, "; allowed: None, or finite and above 0");
+  PRISM_CHECK(!window_left || *window_left >= 0, op, "window_left is ", *window_left,
+              "; allowed: None, or 0 and more keys");
+  const bool reaches_all = !window_left || *window_left >= k_len;
+  return {static_cast<float>(softcap.value_or(0.0)),
+          reaches_all ? -1 : static_cast<int>(*window_left)};
 }
 
 void check_shape(const char* op, const char* name, const Tensor& tensor,

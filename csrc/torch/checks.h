@@ -45,7 +45,8 @@ void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t
                  const char* shape);
 
 // q, k or v: (batch, heads, length, head_dim) with unit last stride, bfloat16 or float16 (and
-// float32 on the CPU), head_dim 64, 128 or 256.
+// float32 on the CPU), a
+// head_dim that is a multiple of 8 up to 256.
 void check_activation(const char* op, const char* name, const Tensor& tensor);
 
 // The head_dim of an activation whose blocks are to be estimated: 64 or 128.
@@ -90,6 +91,14 @@ SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_
 
 // The softmax scale, or head_dim^-1/2 where none is given.
 double check_scale(const char* op, std::optional<double> scale, int64_t head_dim);
+
+// What changes scores before the softmax, as the kernels take it.
+struct ScoreOptions {
+  float softcap;    // 0: none
+  int window_left;  // -1: all keys
+};
+ScoreOptions check_scores(const char* op, std::optional<double> softcap,
+                          std::optional<int64_t> window_left, int64_t k_len);
 
 // The logits added to the softmax denominators: float32 (q_heads), contiguous, beside q.
 void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tensor& q,

@@ -25,13 +25,14 @@ STABLE_TORCH_LIBRARY(prism, m) {
   m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
-      "Tensor? sinks=None) -> (Tensor out, Tensor lse)");
+      "Tensor? sinks=None, float? softcap=None, int? window_left=None) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, bool causal=True, "
-      "int q_block_size=128, int k_block_size=128, Tensor? sinks=None) "
-      "-> (Tensor out, Tensor lse)");
+      "int q_block_size=128, int k_block_size=128, Tensor? sinks=None, float? softcap=None, "
+      "int? window_left=None) -> (Tensor out, Tensor lse)");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
       "int keep_sink=1, int keep_recent=1, float? keep_above=None, float? scale=None, bool "
@@ -40,7 +41,7 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
   m.def(
       "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
-      "int k_block_size=128) -> str");
+      "int k_block_size=128, bool softcap=False, bool window=False) -> str");
   m.def("build_config() -> str");
 }
 

@@ -45,7 +45,9 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,
                                             int64_t q_block_size, int64_t k_block_size,
-                                            const std::optional<Tensor>& sinks);
+                                            const std::optional<Tensor>& sinks,
+                                            std::optional<double> softcap,
+                                            std::optional<int64_t> window_left);
 
 // The same for sequences of different lengths, packed or in pages.
 std::tuple<Tensor, Tensor> sparse_attention_varlen(
@@ -53,7 +55,8 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
     const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
     int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> scale, bool causal,
-    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks);
+    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks,
+    std::optional<double> softcap, std::optional<int64_t> window_left);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& high_band,
@@ -62,8 +65,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     int64_t q_block_size, int64_t k_block_size);
 
 // The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
+// `softcap` and `window` say that the call has them.
 std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,
-                             int64_t q_block_size, int64_t k_block_size);
+                             int64_t q_block_size, int64_t k_block_size, bool softcap, bool window);
 
 // JSON: version, git hash, CUDA and CUTLASS versions, compiled architectures.
 std::string build_config();

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
                       q_block_size, k_block_size);
   const auto [out, lse] =
       sparse_attention(q, k, v, bits, counts, softmax_scale, causal, q_block_size, k_block_size,
-                       /*sinks=*/std::nullopt);
+                       /*sinks=*/std::nullopt, /*softcap=*/std::nullopt,
+                       /*window_left=*/std::nullopt);
   return {out, lse, bits, counts};
 }
 

@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
                                                  const Tensor& bits, const Tensor& counts,
                                                  double scale, bool causal, int64_t q_block_size,
                                                  int64_t k_block_size,
-                                                 const std::optional<Tensor>& sinks) {
+                                                 const std::optional<Tensor>& sinks,
+                                                 const ScoreOptions& scores) {
   const CudaContext context(kOp, q);
   Tensor out = make_output(q);
   Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
@@ -73,6 +74,8 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
   params.q_block_size = static_cast<int>(q_block_size);
   params.k_block_size = static_cast<int>(k_block_size);
   params.scale = static_cast<float>(scale);
+  params.softcap = scores.softcap;
+  params.window_left = scores.window_left;
   params.causal = causal;
   params.dtype = kernel_dtype(q);
   run_attention(kOp, context, q, params);
@@ -87,7 +90,9 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,
                                             int64_t q_block_size, int64_t k_block_size,
-                                            const std::optional<Tensor>& sinks) {
+                                            const std::optional<Tensor>& sinks,
+                                            std::optional<double> softcap,
+                                            std::optional<int64_t> window_left) {
   check_qkv(kOp, q, k, v);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_same_device(kOp, "bits", bits, "q", q);
@@ -100,22 +105,23 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
                    "(batch, q_heads, q_blocks)");
   check_sinks(kOp, sinks, q, q.size(1));
   const double softmax_scale = check_scale(kOp, scale, q.size(3));
+  [[maybe_unused]] const ScoreOptions scores = check_scores(kOp, softcap, window_left, k.size(2));
   if (q.is_cpu()) {
     const std::optional<double> resolved = softmax_scale;
     const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal,
-                                           q_block_size, k_block_size, sinks);
+                                           q_block_size, k_block_size, sinks, softcap, window_left);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
   return sparse_attention_cuda(q, k, v, bits, counts, softmax_scale, causal, q_block_size,
-                               k_block_size, sinks);
+                               k_block_size, sinks, scores);
 #else
   fail_without_cuda(kOp);
 #endif
 }
 
 std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
-                             int64_t k_block_size) {
+                             int64_t k_block_size, bool softcap, bool window) {
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     return "unsupported: dtype must be BFloat16 or Half";
   }
@@ -124,9 +130,11 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
 #else
   const bool has_sm90 = false;
 #endif
-  return choose_attention_kernel(
-             {static_cast<int>(sm), head_dim, q_block_size, k_block_size, has_sm90, /*tma=*/true})
-      .name;
+  AttentionTraits traits{static_cast<int>(sm), head_dim, q_block_size,
+                         k_block_size,         has_sm90, /*tma=*/true};
+  traits.softcap = softcap;
+  traits.window = window;
+  return choose_attention_kernel(traits).name;
 }
 
 }  // namespace prism

@@ -155,18 +155,22 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
     const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
     const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
     int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> scale, bool causal,
-    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks) {
+    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks,
+    std::optional<double> softcap, std::optional<int64_t> window_left) {
   const Batch batch = check_batch(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
                                   max_seqlen_q, max_seqlen_k);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_mask(q, bits, counts, batch, q_block_size, k_block_size);
   check_sinks(kOp, sinks, q, batch.q_heads);
   const double softmax_scale = check_scale(kOp, scale, batch.head_dim);
+  [[maybe_unused]] const ScoreOptions scores =
+      check_scores(kOp, softcap, window_left, max_seqlen_k);
   if (q.is_cpu()) {
     const std::optional<double> resolved = softmax_scale;
-    const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, cu_seqlens_q, cu_seqlens_k,
-                                           seqused_k, block_table, max_seqlen_q, max_seqlen_k,
-                                           resolved, causal, q_block_size, k_block_size, sinks);
+    const auto outputs =
+        call_reference<2>(kOp, q, k, v, bits, counts, cu_seqlens_q, cu_seqlens_k, seqused_k,
+                          block_table, max_seqlen_q, max_seqlen_k, resolved, causal, q_block_size,
+                          k_block_size, sinks, softcap, window_left);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
@@ -191,6 +195,8 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
   params.q_block_size = static_cast<int>(q_block_size);
   params.k_block_size = static_cast<int>(k_block_size);
   params.scale = static_cast<float>(softmax_scale);
+  params.softcap = scores.softcap;
+  params.window_left = scores.window_left;
   params.causal = causal;
   params.dtype = kernel_dtype(q);
   params.ragged = make_ragged(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);

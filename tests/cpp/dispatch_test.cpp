@@ -12,7 +12,9 @@ using prism::choose_attention_kernel;
 static_assert(prism::block_sizes_supported(128, 128) && prism::block_sizes_supported(64, 64) &&
               prism::block_sizes_supported(128, 64) && !prism::block_sizes_supported(64, 128));
 static_assert(prism::head_dim_supported(64) && prism::head_dim_supported(128) &&
-              prism::head_dim_supported(256) && !prism::head_dim_supported(96));
+              prism::head_dim_supported(256) && prism::head_dim_supported(96) &&
+              prism::head_dim_supported(8) && !prism::head_dim_supported(0) &&
+              !prism::head_dim_supported(100) && !prism::head_dim_supported(264));
 
 int main() {
   int failures = 0;
@@ -52,11 +54,22 @@ int main() {
   traits = hopper;
   traits.q_block_size = traits.k_block_size = 64;
   expect(kernel(traits) == "sm80", "query blocks of 64 fall back");
+  for (int64_t head_dim : {8, 96, 192}) {
+    traits = hopper;
+    traits.head_dim = head_dim;
+    expect(kernel(traits) == "sm90", "a head_dim in between is padded");
+  }
+  traits = hopper;
+  traits.softcap = true;
+  expect(kernel(traits) == "sm80", "a soft cap falls back");
+  traits = hopper;
+  traits.window = true;
+  expect(kernel(traits) == "sm80", "a window falls back");
   traits = hopper;
   traits.sm = 75;
   expect(refuses(traits, "capability"), "an old GPU is refused by its capability");
   traits = hopper;
-  traits.head_dim = 96;
+  traits.head_dim = 100;
   expect(refuses(traits, "head_dim"), "an unknown head_dim is refused by name");
   traits = hopper;
   traits.q_block_size = 64;
@@ -70,6 +83,32 @@ int main() {
   view.row_stride = 128;
   view.data = memory + 2;
   expect(!prism::tma_compatible(view), "an unaligned start does not");
+
+  prism::RaggedBatch ragged;
+  const int32_t table[1] = {};
+  ragged.block_table = table;
+  ragged.pages = 10;
+  ragged.page_shift = 4;
+  prism::TensorView pool = {memory, 16 * 256, 128, 256};
+  expect(prism::tma_pages_compatible(pool, pool, ragged), "pages of 16 rows suit TMA");
+  prism::TensorView apart = pool;
+  apart.batch_stride *= 2;
+  expect(prism::tma_pages_compatible(apart, apart, ragged), "pages of k and v may alternate");
+  expect(!prism::tma_pages_compatible(pool, apart, ragged), "k's and v's must lie alike");
+  apart.batch_stride = 16 * 256 + 8;
+  expect(!prism::tma_pages_compatible(apart, apart, ragged), "whole rows lie between pages");
+  ragged.page_shift = 2;
+  expect(!prism::tma_pages_compatible(pool, pool, ragged), "pages of 4 rows fall back");
+
+  prism::SparseAttentionParams params = {};
+  params.batch = 3;
+  params.q_heads = 4;
+  params.q_len = 300;
+  expect(prism::count_tiles(params, 128) == 3 * 4 * 3, "tiles of a batch");
+  const int32_t ends[4] = {};
+  params.ragged.cu_seqlens_q = ends;
+  params.ragged.total_q = 130;  // for example 1, 1 and 128
+  expect(prism::count_tiles(params, 128) == 4 * 3, "a ragged batch counts the worst case");
 
   constexpr int64_t kL2 = 60 << 20;
   expect(prism::kv_section(8192, 128, 16, kL2) == 8, "ten heads of 4 MB fit: two sections of 8");

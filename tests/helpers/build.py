@@ -62,6 +62,8 @@ def attention_inputs(
             "causal": case.causal,
             "q_block_size": case.blocks[0],
             "k_block_size": case.blocks[1],
+            "softcap": case.softcap,
+            "window_left": case.window_left,
         },
     )
 

@@ -24,6 +24,8 @@ class AttentionCase:
     values: str = "normal"
     mask: str = "random"
     scale: float | None = None
+    softcap: float | None = None
+    window_left: int | None = None
 
 
 ATTENTION_GROUPS: dict[str, tuple[AttentionCase, ...]] = {
@@ -116,6 +118,26 @@ ATTENTION_GROUPS: dict[str, tuple[AttentionCase, ...]] = {
         AttentionCase("alternating_rows", 400, 400, head_dim=256, blocks=B128,
                       mask="alternating_empty"),
         AttentionCase("bidirectional", 200, 257, head_dim=256, blocks=B128, causal=False),
+    ),
+    "padded_head_dim": (
+        AttentionCase("96", 300, 333, head_dim=96, blocks=B128, q_heads=4),
+        AttentionCase("192", 300, 333, head_dim=192, blocks=B128_64),
+        AttentionCase("8", 150, 150, head_dim=8, blocks=B128),
+        AttentionCase("80_b64", 200, 200, head_dim=80),
+        AttentionCase("248", 200, 200, head_dim=248, blocks=B128, mask="alternating_empty"),
+        AttentionCase("96_packed_qkv", 200, 200, head_dim=96, blocks=B128, layout="packed_qkv"),
+        AttentionCase("96_odd_stride", 150, 150, head_dim=96, blocks=B128, layout="odd_stride"),
+    ),
+    "scores": (
+        AttentionCase("softcap", 300, 333, softcap=5.0, blocks=B128, head_dim=128),
+        AttentionCase("softcap_large_logits", 200, 200, softcap=30.0, values="large_logits"),
+        AttentionCase("window", 300, 333, window_left=100, blocks=B128, head_dim=128, mask="full"),
+        AttentionCase("window_0", 200, 200, window_left=0, mask="full"),
+        AttentionCase("window_of_all", 200, 200, window_left=200),
+        AttentionCase("window_bidirectional", 300, 250, window_left=70, causal=False, mask="full"),
+        AttentionCase("window_random", 500, 700, window_left=300, blocks=B128_64, q_heads=4),
+        AttentionCase("window_softcap_d256", 200, 300, window_left=150, softcap=10.0, head_dim=256,
+                      blocks=B128),
     ),
     "many_tiles": (
         AttentionCase("b128_d128", 2048, 2048, q_heads=12, kv_heads=3, head_dim=128, blocks=B128),

@@ -103,6 +103,8 @@ def attention(
     k_block_size: int,
     causal: bool,
     scale: float | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> Attention:
     """Dense attention under the token mask that `block_mask` (B, Hq, Nq, Nk) stands for."""
     batch, q_heads, q_len, head_dim = q.shape
@@ -127,8 +129,13 @@ def attention(
                 token_mask = block_mask[b, h][row_block][:, keys // k_block_size]
                 if causal:
                     token_mask = token_mask & (keys[None, :] <= positions[rows, None])
+                if window_left is not None:
+                    token_mask = token_mask & (keys[None, :] + window_left >= positions[rows, None])
                 qd = q[b, h, rows].double()
-                scores = (qd @ kd.T * scale).masked_fill(~token_mask, -math.inf)
+                scores = qd @ kd.T * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                scores = scores.masked_fill(~token_mask, -math.inf)
                 lse[b, h, rows] = torch.logsumexp(scores, dim=-1)
                 weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
                 out[b, h, rows] = weights @ vd
@@ -148,6 +155,8 @@ def low_precision_attention(
     k_block_size: int,
     causal: bool,
     scale: float | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> Tensor:
     """The same maths in plain PyTorch at the inputs' precision: the yardstick of the tolerance.
 
@@ -173,7 +182,11 @@ def low_precision_attention(
                 token_mask = block_mask[b, h][row_block][:, keys // k_block_size]
                 if causal:
                     token_mask = token_mask & (keys[None, :] <= positions[rows, None])
+                if window_left is not None:
+                    token_mask = token_mask & (keys[None, :] + window_left >= positions[rows, None])
                 scores = (q[b, h, rows] @ k[b, g].T) * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 weights = torch.softmax(
                     scores.float().masked_fill(~token_mask, -math.inf), dim=-1
                 ).nan_to_num(0.0)

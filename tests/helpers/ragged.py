@@ -43,6 +43,8 @@ class RaggedCase:
     mask: str = "random"
     odd_stride: bool = False
     sinks: bool = False
+    softcap: float | None = None
+    window_left: int | None = None
 
 
 RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
@@ -57,6 +59,8 @@ RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
         RaggedCase("slack", slack=(700, 5000)),
         RaggedCase("odd_stride", odd_stride=True),
         RaggedCase("sinks", sinks=True, head_dim=128),
+        RaggedCase("padded_d96", head_dim=96, q_heads=2),
+        RaggedCase("window_softcap", window_left=50, softcap=5.0, sinks=True),
         RaggedCase("one_kv_head", q_heads=5, kv_heads=1),
         RaggedCase("many_sequences", lengths=((3, 40), (0, 9), (17, 17)) * 23, q_heads=2),
         RaggedCase("empty_rows", mask="alternating_empty", head_dim=128, sinks=True),
@@ -71,6 +75,8 @@ RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
         RaggedCase("shared_prefix", page_size=16, shared=True, head_dim=128),
         RaggedCase("heads_first", page_size=32, heads_first=True, head_dim=128),
         RaggedCase("bidirectional", page_size=16, causal=False),
+        RaggedCase("padded_d192", page_size=32, head_dim=192, q_heads=2),
+        RaggedCase("window_softcap", page_size=32, window_left=50, softcap=5.0),
         RaggedCase("slack", page_size=64, slack=(300, 900)),
         RaggedCase("sinks", page_size=64, sinks=True),
     ),
@@ -194,6 +200,8 @@ def ragged_inputs(case: RaggedCase, dtype: torch.dtype, device: str, seed: int =
             "causal": case.causal,
             "q_block_size": case.blocks[0],
             "k_block_size": case.blocks[1],
+            "softcap": case.softcap,
+            "window_left": case.window_left,
         },
         keys=made["k_parts"],
         values=made["v_parts"],

@@ -164,8 +164,8 @@ def same(n: int, _: Site) -> bool:
     return False  # any other size is wrong
 
 
-def head_dims(*allowed: int) -> Callable[[int, Site], bool]:
-    return lambda n, _: n in allowed
+def estimated_head_dim(n: int, _: Site) -> bool:
+    return n in (64, 128)
 
 
 def whole_groups_of_kv(n: int, site: Site) -> bool:
@@ -181,12 +181,14 @@ ABSENT = one_of(lambda _: [None])
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def activation(*head_dim: int, dims: int = 4) -> tuple[Mutation, ...]:
-    """(B, H, L, D), or other dimensions before D, of one of the head_dims, on its own."""
+def activation(
+    head_dim: Callable[[int, Site], bool] = estimated_head_dim, dims: int = 4
+) -> tuple[Mutation, ...]:
+    """(B, H, L, D), or other dimensions before D, on its own."""
     return (
         dtypes(*HALVES),
         rank,
-        size(dims - 1, head_dims(*head_dim)),
+        size(dims - 1, head_dim),
         last_stride,
         transposed,
         NOT_A_TENSOR,
@@ -199,10 +201,10 @@ def other_supported_head_dim(draw: Draw, site: Site) -> torch.Tensor:
 
 
 TOGETHER = (other_half, other_supported_head_dim, on_meta, ABSENT)
-ESTIMATED = (*activation(64, 128), *TOGETHER, size(0, same))
-ATTENDED = (*activation(64, 128, 256), *TOGETHER, size(0, same))
-PACKED = activation(64, 128, 256, dims=3) + TOGETHER
-PAGED = (*activation(64, 128, 256), *TOGETHER, size(0, same), size(1, same), size(2, same))
+ESTIMATED = (*activation(), *TOGETHER, size(0, same))
+ATTENDED = (*activation(same), *TOGETHER, size(0, same))
+PACKED = activation(same, dims=3) + TOGETHER
+PAGED = (*activation(same), *TOGETHER, size(0, same), size(1, same), size(2, same))
 Q_HEADS = size(1, whole_groups_of_kv)
 K_HEADS = size(1, divides_q)
 LIKE_K = (size(1, same), size(2, same))
@@ -210,7 +212,7 @@ LIKE_K = (size(1, same), size(2, same))
 MEANS = (
     dtypes(torch.float32),
     rank,
-    size(3, head_dims(64, 128)),
+    size(3, estimated_head_dim),
     other_supported_head_dim,
     size(0, same),
     size(2, same),
@@ -324,6 +326,9 @@ PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT
 THRESHOLD = (drawn(st.floats().filter(lambda p: not 0 < p <= 1)), NOT_A_FLOAT)
 # Times log2(e) it has to be a normal float32.
 SCALE = (drawn(st.floats().filter(lambda s: not 8e-39 < s < 2.4e38)), NOT_A_FLOAT)
+# A normal float32.
+SOFTCAP = (drawn(st.floats().filter(lambda s: not 1.17e-38 < s < 3.41e38)), NOT_A_FLOAT)
+WINDOW = (drawn(st.integers(-(2**63), -1)), drawn(NOT_INT64), other_type("64", 0.5, [64], {}))
 FLAG = (other_type("yes", [True], {}),)
 
 
@@ -393,6 +398,8 @@ def call_of(
             arguments |= {"top_p": 0.9, "keep_sink": 1, "keep_recent": 1, "keep_above": None}
         if attends:
             arguments["scale"] = None
+        if "bits" in names:
+            arguments |= {"softcap": 30.0, "window_left": 100}
         blocks = dict(zip(("q_block_size", "k_block_size"), sizes.blocks, strict=True))
         return arguments | {"causal": True} | blocks
 
@@ -478,6 +485,8 @@ MASKED = BLOCKS | {
     "counts": MASK,
     "scale": SCALE,
     "sinks": SINKS,
+    "softcap": SOFTCAP,
+    "window_left": WINDOW,
 }
 VARLEN = MASKED | {
     "q": (*PACKED, Q_HEADS),
@@ -489,13 +498,13 @@ VARLEN = MASKED | {
 OPS: dict[str, Op] = {
     "block_pool": Op(
         lambda sizes, device: {"x": tensors(sizes, device)["q"], "block_size": sizes.blocks[0]},
-        {"x": activation(64, 128), "block_size": BLOCK_SIZE},
+        {"x": activation(), "block_size": BLOCK_SIZE},
     ),
     "pool_append_": Op(
         pool_append_call,
         {
             "x": (
-                *activation(64, 128),
+                *activation(),
                 other_supported_head_dim,
                 size(0, same),
                 size(1, same),

@@ -87,15 +87,19 @@ ACTIVATION: tuple[tuple[str, Change], ...] = (
     ("int32", lambda x: x.int()),
     ("3 dimensions", lambda x: x[0]),
     ("5 dimensions", lambda x: x[None]),
-    ("head_dim 32", lambda x: x[..., :32]),
-    ("head_dim 96", lambda x: x.repeat(1, 1, 1, 2)[..., :96]),
-    ("head_dim 256", lambda x: x.repeat(1, 1, 1, 4)),
+    ("head_dim 36", lambda x: x[..., :36]),
+    ("head_dim 0", lambda x: x[..., :0]),
+    ("head_dim 512", lambda x: x.repeat(1, 1, 1, 8)),
     ("last stride 2", last_stride_2),
 )
 WRONG: list[tuple[str, str, str, Change, str]] = [
     (op, "x", what, change, r"\bx\b")
     for op in ("block_pool", "pool_append_")
     for what, change in ACTIVATION
+]
+WRONG += [
+    ("block_pool", "x", "head_dim 96", lambda x: x.repeat(1, 1, 1, 2)[..., :96], r"\bx\b.*64, 128"),
+    ("block_pool", "x", "head_dim 256", lambda x: x.repeat(1, 1, 1, 4), r"\bx\b.*64, 128"),
 ]
 WRONG += [
     (op, "block_size", str(size), to(size), "block_size")
@@ -165,6 +169,10 @@ WRONG += [
     ("sparse_attention", "counts", "a row too few", lambda x: x[:, :, :2], "counts"),
     ("sparse_attention", "counts", "4 dimensions", lambda x: x[..., None], "counts"),
     ("sparse_attention", "counts", "other batch", lambda x: x[:1], "counts"),
+    ("sparse_attention", "softcap", "0", to(0.0), "softcap"),
+    ("sparse_attention", "softcap", "inf", to(math.inf), "softcap"),
+    ("sparse_attention", "window_left", "-1", to(-1), "window_left"),
+    ("sparse_attention", "sinks", "3 heads", to(torch.zeros(3)), "sinks"),
 ]
 for _name in ("q_means", "k_means"):
     WRONG += [

@@ -82,6 +82,8 @@ for _kind in CASES:
         (_kind, "k_block_size", "128", to(128), "block_size"),
         (_kind, "sinks", "bfloat16", lambda x: x.bfloat16(), "sinks"),
         (_kind, "sinks", "2 heads", lambda x: x[:2], "sinks"),
+        (_kind, "softcap", "-1", to(-1.0), "softcap"),
+        (_kind, "window_left", "-1", to(-1), "window_left"),
         (_kind, "sinks", "strided", lambda x: torch.cat([x, x])[::2], "sinks"),
     ]
     for _name in ("cu_seqlens_q", "seqused_k"):

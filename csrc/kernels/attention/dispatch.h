@@ -23,6 +23,8 @@ struct AttentionTraits {
   int64_t k_block_size;
   bool has_sm90;
   bool tma;
+  bool softcap = false;
+  bool window = false;
 };
 
 constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size) {
@@ -30,8 +32,9 @@ constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size)
          (q_block_size == 64 && k_block_size == 64);
 }
 
+// Padded with zeros up to 64, 128 or 256 in shared memory. Rows are moved 16 bytes at a time.
 constexpr bool head_dim_supported(int64_t head_dim) {
-  return head_dim == 64 || head_dim == 128 || head_dim == 256;
+  return head_dim > 0 && head_dim <= 256 && head_dim % 8 == 0;
 }
 
 // Rows that the coordinates of a ragged batch can tell apart (sm90/tensor_map.h).
@@ -67,13 +70,16 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
             "unsupported: the GPU's compute capability is under 8.0"};
   }
   if (!head_dim_supported(traits.head_dim)) {
-    return {AttentionKernel::kUnsupported, "unsupported: head_dim must be 64, 128 or 256"};
+    return {AttentionKernel::kUnsupported,
+            "unsupported: head_dim must be a multiple of 8 up to 256"};
   }
   if (!block_sizes_supported(traits.q_block_size, traits.k_block_size)) {
     return {AttentionKernel::kUnsupported,
             "unsupported: (q_block_size, k_block_size) must be (128, 128), (128, 64) or (64, 64)"};
   }
-  if (traits.sm == 90 && traits.has_sm90 && traits.tma && traits.q_block_size == 128) {
+  // The Hopper kernel has no registers left for what only few models ask for.
+  const bool plain = !traits.softcap && !traits.window;
+  if (traits.sm == 90 && traits.has_sm90 && traits.tma && plain && traits.q_block_size == 128) {
     return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};

@@ -58,6 +58,20 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
+// Bends scores, which are still to be multiplied by `scale`, to at most softcap / scale.
+template <typename Scores>
+__device__ __forceinline__ void cap_scores(Scores& scores, float scale, float softcap) {
+  using namespace cute;
+  const float limit = softcap / scale;
+  const float exponent = 2.f * 1.4426950408889634f / limit;
+#pragma unroll
+  for (int i = 0; i < size(scores); ++i) {
+    // tanh(x) = 1 - 2 / (1 + e^2x), good to the last bits of the limit; tanh.approx is not.
+    const float e = exp2_approx(scores(i) * exponent);
+    scores(i) = limit - __fdividef(2.f * limit, 1.f + e);
+  }
+}
+
 // The running softmax of kRows rows a thread takes part in.
 template <int kRows>
 struct OnlineSoftmax {

@@ -57,6 +57,16 @@ struct TileRows {
     return causal ? min(max(first_position + 1, 0) / keys, ragged) : ragged;
   }
 
+  // The same for a window that reaches `window` keys back from each row; -1: all.
+  __device__ bool needs_window(int window, int first_key) const {
+    return window >= 0 && first_key < first_position + valid - 1 - window;
+  }
+
+  // The first key that row `row` of the tile may see.
+  __device__ int first_key(int window, int row) const {
+    return window >= 0 ? first_position + row - window : 0;
+  }
+
   // The last key that row `row` of the tile may see.
   __device__ int last_key(int row) const {
     return causal ? min(first_position + row, k_len - 1) : k_len - 1;

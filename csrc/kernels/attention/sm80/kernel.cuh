@@ -209,7 +209,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     return thread_row + row % 2 * 8 + row / 2 * (16 * Config::kWarps);
   };
 
-  int n = kept.next();
+  // Keys before those that the window of the first row reaches are left out.
+  const int first_tile = max(rows.first_key(params.window_left, 0), 0) / kTileN;
+  const auto next_tile = [&]() {
+    const int next = kept.next();
+    return next < first_tile ? -1 : next;
+  };
+  int n = next_tile();
   if (n >= 0) {
     RowCopy<Config>::load(StridedRows<Element>{q, params.q.row_stride, rows.valid}, params.head_dim,
                           aligned, sQ);
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
   int stage = 0;
   while (n >= 0) {
-    const int n_next = kept.next();
+    const int n_next = next_tile();
     cp_async_wait<0>();
     __syncthreads();  // K of this tile is there; everyone is done with the previous tile
     load_keys(params.v, v, n, sV);
@@ -252,15 +258,19 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     }
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
+    if (params.softcap > 0.f) {
+      cap_scores(rS, params.scale, params.softcap);
+    }
     const int first_key = n * kTileN;
-    if (rows.needs_mask(first_key, kTileN)) {
+    if (rows.needs_mask(first_key, kTileN) || rows.needs_window(params.window_left, first_key)) {
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         const int last_key = rows.last_key(row_in_tile(row));
+        const int row_first_key = rows.first_key(params.window_left, row_in_tile(row));
 #pragma unroll
         for (int column = 0; column < size<1>(rS_rows); ++column) {
           const int key = first_key + column / 2 * 8 + threadIdx.x % 4 * 2 + column % 2;
-          if (key > last_key) {
+          if (key > last_key || key < row_first_key) {
             rS_rows(row, column) = -INFINITY;
           }
         }

@@ -67,8 +67,10 @@ struct Consumer {
       cutlass::arch::NamedBarrier::arrive(Config::kConsumerThreads, 1 + (warpgroup ^ 1));
     }
   }
-  // The consumers of one warpgroup only.
-  __device__ void warpgroup_sync() const { cutlass::arch::NamedBarrier::sync(128, 3 + warpgroup); }
+  // The consumers of one warpgroup only. The barrier's number is not worth a register either.
+  __device__ void warpgroup_sync() const {
+    cutlass::arch::NamedBarrier::sync(128, 3 + thread() / 128);
+  }
   __device__ Ring<Config::kStagesK> key_ring() const { return {key_tile}; }
   __device__ Ring<Config::kStagesV> value_ring() const { return {key_tile - 1}; }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers.wrong_calls import OPS, RIGHT, Right, WrongCall, gpu_allocations, op_of, wrong_calls
+from helpers.right_calls import RIGHT, Right
+from helpers.wrong_calls import OPS, WrongCall, gpu_allocations, op_of, wrong_calls
 from hypothesis import HealthCheck, Phase, given, settings
 
 import prism_cuda  # noqa: F401  registers the ops

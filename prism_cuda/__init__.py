@@ -6,7 +6,7 @@ from prism_cuda.block_mask import BlockMask
 from prism_cuda.chunked import ChunkedPrefill
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
-from prism_cuda.integrations import register
+from prism_cuda.integrations import register, use_continuous_batching
 from prism_cuda.recording import record
 from prism_cuda.varlen import merge_attention, sparse_attention_varlen
 
@@ -26,4 +26,5 @@ __all__ = [
     "select_blocks",
     "sparse_attention",
     "sparse_attention_varlen",
+    "use_continuous_batching",
 ]

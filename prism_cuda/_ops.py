@@ -81,6 +81,24 @@ def _refuse_backward(name: str) -> Callable[..., None]:
     return backward
 
 
+def _check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    """Refuse tensors of several devices, one of which is meta: torch sends them here."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    (first_name, first), *others = given.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"prism::{op}: {name} is on {tensor.device} but {first_name} is on "
+                f"{first.device}; expected the same device"
+            )
+
+
+def _check_block_sizes(op: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size not in (64, 128):
+            raise RuntimeError(f"prism::{op}: {name} is {size}; allowed: 64, 128")
+
+
 def call(op: Callable, *arguments: object) -> Any:
     """Call an op of torch.ops.prism, around its autograd kernel where nothing requires grad.
 
@@ -98,6 +116,7 @@ def call(op: Callable, *arguments: object) -> Any:
 
 
 def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    _check_block_sizes("block_pool", block_size=block_size)
     batch, heads, length, head_dim = x.shape
     blocks = (length + block_size - 1) // block_size
     return x.new_empty((batch, heads, blocks, head_dim), dtype=torch.float32)
@@ -106,7 +125,8 @@ def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
 def _fake_pool_append_(
     x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
 ) -> None:
-    return None
+    _check_devices("pool_append_", x=x, means=means, sums=sums)
+    _check_block_sizes("pool_append_", block_size=block_size)
 
 
 def _fake_select_blocks(
@@ -124,6 +144,7 @@ def _fake_select_blocks(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("select_blocks", q_means=q_means, k_means=k_means)
     rows = q_means.shape[:3]
     words = (k_means.shape[2] + WORD_BITS - 1) // WORD_BITS
     return (
@@ -145,6 +166,15 @@ def _fake_estimate_blocks(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_estimate("estimate_blocks", q, k, q_block_size, k_block_size)
+
+
+def _fake_estimate(
+    op: str, q: torch.Tensor, k: torch.Tensor, q_block_size: int, k_block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bits and counts of any op that estimates from q and k."""
+    _check_devices(op, q=q, k=k)
+    _check_block_sizes(op, q_block_size=q_block_size, k_block_size=k_block_size)
     batch, q_heads, q_len, _ = q.shape
     q_blocks = (q_len + q_block_size - 1) // q_block_size
     k_blocks = (k.shape[2] + k_block_size - 1) // k_block_size
@@ -167,9 +197,7 @@ def _fake_estimate_grid(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _fake_estimate_blocks(
-        q, k, [], [], top_p, q_block_size=q_block_size, k_block_size=k_block_size
-    )
+    return _fake_estimate("estimate_grid", q, k, q_block_size, k_block_size)
 
 
 def _fake_sparse_attention(
@@ -186,6 +214,7 @@ def _fake_sparse_attention(
     softcap: float | None = None,
     window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("sparse_attention", q=q, k=k, v=v, bits=bits, counts=counts, sinks=sinks)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -209,6 +238,11 @@ def _fake_sparse_attention_varlen(
     softcap: float | None = None,
     window_left: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices(
+        "sparse_attention_varlen", q=q, k=k, v=v, bits=bits, counts=counts,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        block_table=block_table, sinks=sinks,
+    )  # fmt: skip
     total_q, q_heads, _ = q.shape
     return torch.empty_like(q), q.new_empty((q_heads, total_q), dtype=torch.float32)
 
@@ -228,6 +262,8 @@ def _fake_prefill(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check_devices("prefill", q=q, k=k, v=v)
+    _check_block_sizes("prefill", q_block_size=q_block_size, k_block_size=k_block_size)
     return (
         *_fake_sparse_attention(q, k, v, q, q),
         *_fake_estimate_blocks(

@@ -30,12 +30,12 @@ class ChunkedPrefill:
         batch, kv_heads, head_dim: of k; head_dim is 64 or 128.
         max_len: tokens that the prompt may grow to; takes 4 * head_dim bytes a block and head.
         config: settings; what it rules out (short chunks, few keys) runs as dense attention, as in
-            :func:`prism_cuda.prefill`, and is pooled all the same.
+            :func:`prism_cuda.prefill`, and is pooled all the same. The estimator is "bands".
         device: where k lives.
 
     Raises:
         ImportError: if the ops library is not built.
-        ValueError: for another head_dim.
+        ValueError: for another head_dim or estimator.
     """
 
     def __init__(
@@ -52,8 +52,13 @@ class ChunkedPrefill:
             raise ValueError(
                 f"ChunkedPrefill: head_dim is {head_dim}; expected one of {functional.HEAD_DIMS}"
             )
-        _ops.load()
         self._config = config or PrismConfig()
+        if self._config.estimator != "bands":
+            raise ValueError(
+                f"ChunkedPrefill: config.estimator is {self._config.estimator!r}; expected "
+                "'bands', the one whose key means are kept from chunk to chunk"
+            )
+        _ops.load()
         self._max_len = max_len
         blocks = -(-max_len // self._config.block_sizes[1])
         heads = (batch, kv_heads)
@@ -116,7 +121,8 @@ class ChunkedPrefill:
             out like q, or (out, mask).
 
         Raises:
-            ValueError: if k has fewer tokens than were pooled, or as for :meth:`append`.
+            ValueError: if k has fewer tokens than were pooled, if config's top_p or dense_heads do
+                not fit q's heads, or as for :meth:`append`.
             RuntimeError: if the tensors do not fit each other.
         """
         if k.dim() == 4 and k.shape[2] < self.length:

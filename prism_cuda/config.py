@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -16,6 +17,17 @@ BLOCK_SIZES = ((128, 128), (64, 64), (128, 64))
 
 # Used only where neither the caller nor a model says which frequencies the heads rotate with.
 DEFAULT_ROPE_THETA = 1e6
+
+# What PrismConfig.layers may change. The others decide which mask a whole model gets.
+LAYER_FIELDS = (
+    "estimator",
+    "top_p",
+    "keep_above",
+    "bands",
+    "keep_sink",
+    "keep_recent",
+    "dense_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,8 @@ class PrismConfig:
             means of 16 queries and 16 keys over the full width: sparser at equal perplexity, needs
             no bands and works without RoPE, and takes longer; see docs/quality.md.
         top_p: probability mass each band, or the grid, keeps per query block, in [0, 1]. The one
-            quality knob: higher keeps more blocks; 1 keeps all.
+            quality knob: higher keeps more blocks; 1 keeps all. A sequence gives one value per
+            query head.
         keep_above: blocks of at least this probability are kept as well, in (0, 1]. None keeps no
             more than top_p does by bands, and means (1 - top_p) / 10 on the grid.
         bands: "auto" splits the head by the RoPE frequencies; (high, low) sets the number of
@@ -42,6 +55,11 @@ class PrismConfig:
         keep_recent: key blocks kept up to the query block's own, itself included.
         dense_below: sequences with fewer keys use dense attention, which is cheaper there. The
             default is where bench/prefill.py saw both take equally long on an H200.
+        dense_heads: query heads that keep every block, whatever top_p says.
+        dense_layers: layers of a model that run dense: the first n of them, or a collection of
+            layer indices. Like ``layers``, for models only: calls from Python have no layer.
+        layers: settings of single layers, {layer index: {field: value}}; fields are
+            estimator, top_p, keep_above, bands, keep_sink, keep_recent and dense_heads.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -49,7 +67,7 @@ class PrismConfig:
 
     block_size: int | tuple[int, int] = 128
     estimator: Literal["bands", "grid"] = "bands"
-    top_p: float = 0.95
+    top_p: float | Sequence[float] = 0.95
     keep_above: float | None = None
     bands: Literal["auto"] | tuple[int, int] | Bands = "auto"
     rope_theta: float | None = None
@@ -58,12 +76,15 @@ class PrismConfig:
     keep_sink: int = 1
     keep_recent: int = 1
     dense_below: int = 2304
+    dense_heads: Sequence[int] = ()
+    dense_layers: int | Sequence[int] = 0
+    layers: Mapping[int, Mapping[str, Any]] | tuple = ()
 
     def __post_init__(self) -> None:
         sizes = ", ".join(str(pair) for pair in BLOCK_SIZES)
         self._check("block_size", self.block_sizes in BLOCK_SIZES, f"64, 128 or one of {sizes}")
         self._check("estimator", self.estimator in ESTIMATORS, f"one of {ESTIMATORS}")
-        self._check("top_p", 0 <= self.top_p <= 1, "a number in [0, 1]")
+        self._check("top_p", self._top_p_valid(), "a number in [0, 1], or one per query head")
         above_valid = self.keep_above is None or 0 < self.keep_above <= 1
         self._check("keep_above", above_valid, "None or a number above 0 and up to 1")
         self._check("bands", self._bands_valid(), "'auto', (high, low) dimensions or a Bands")
@@ -79,6 +100,56 @@ class PrismConfig:
             frequencies = tuple(float(freq) for freq in self.inv_freq)
             object.__setattr__(self, "inv_freq", frequencies)
             self._check("inv_freq", len(frequencies) > 0, "None or a non-empty 1-D sequence")
+        heads_valid = isinstance(self.dense_heads, _COLLECTIONS) and _indices(self.dense_heads)
+        self._check("dense_heads", heads_valid, "a collection of query head indices >= 0")
+        layers_valid = _index(self.dense_layers) or (
+            isinstance(self.dense_layers, _COLLECTIONS) and _indices(self.dense_layers)
+        )
+        self._check("dense_layers", layers_valid, "a number of layers, or layer indices >= 0")
+        self._check("layers", self._layers_valid(), "{layer index: {field: value}}")
+        self._make_hashable()
+        for layer, fields in self._layer_fields():
+            for name, _ in fields:
+                if name not in LAYER_FIELDS:
+                    raise ValueError(
+                        f"PrismConfig: layers[{layer}] sets {name!r}; expected {LAYER_FIELDS}"
+                    )
+            try:
+                self.for_layer(layer)
+            except ValueError as error:
+                raise ValueError(f"PrismConfig: layers[{layer}] is wrong: {error}") from error
+
+    def _make_hashable(self) -> None:
+        """Replace collections by sorted tuples."""
+        if not isinstance(self.top_p, (int, float)):
+            object.__setattr__(self, "top_p", _hashable(self.top_p))
+        object.__setattr__(self, "dense_heads", tuple(sorted(set(self.dense_heads))))
+        if not isinstance(self.dense_layers, int):
+            object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+        if isinstance(self.layers, Mapping):
+            layers = [
+                (layer, tuple((name, _hashable(value)) for name, value in sorted(fields.items())))
+                for layer, fields in sorted(self.layers.items())
+            ]
+            object.__setattr__(self, "layers", tuple(layers))
+
+    def _layer_fields(self) -> tuple[tuple[int, tuple[tuple[str, Any], ...]], ...]:
+        """``layers`` in the form that :meth:`_make_hashable` gives it."""
+        return cast(Any, self.layers)
+
+    def _top_p_valid(self) -> bool:
+        values = self.top_p.tolist() if isinstance(self.top_p, torch.Tensor) else self.top_p
+        if isinstance(values, Sequence):
+            return len(values) > 0 and all(_probability(p) for p in values)
+        return _probability(values)
+
+    def _layers_valid(self) -> bool:
+        if isinstance(self.layers, Mapping):
+            items = self.layers.items()
+            return all(_index(layer) and isinstance(fields, Mapping) for layer, fields in items)
+        return isinstance(self.layers, tuple) and all(
+            isinstance(item, tuple) and len(item) == 2 and _index(item[0]) for item in self.layers
+        )  # as dataclasses.replace passes it on
 
     def _check(self, field: str, valid: bool, allowed: str) -> None:
         if not valid:
@@ -97,11 +168,54 @@ class PrismConfig:
             return self.block_size, self.block_size
         return self.block_size
 
-    @property
-    def threshold(self) -> float | None:
-        """keep_above, resolved: the probability from which on blocks are kept; None for no rule."""
-        if self.keep_above is None and self.estimator == "grid" and self.top_p < 1:
-            return (1 - self.top_p) / 10
+    def for_layer(self, layer: int | None) -> PrismConfig:
+        """The settings of one layer of a model; of a call without a layer if None."""
+        for index, fields in self._layer_fields():
+            if index == layer:
+                return dataclasses.replace(self, layers=(), dense_layers=0, **dict(fields))
+        return self
+
+    def own_layers(self) -> list[int]:
+        """The layers with settings of their own."""
+        return [layer for layer, _ in self._layer_fields()]
+
+    def is_dense_layer(self, layer: int | None) -> bool:
+        """Whether ``dense_layers`` names the layer."""
+        if layer is None:
+            return False
+        if isinstance(self.dense_layers, int):
+            return layer < self.dense_layers
+        return layer in self.dense_layers
+
+    def top_p_of_heads(self, q_heads: int) -> float | tuple[float, ...]:
+        """One top_p for all query heads, or where they differ one for each of the ``q_heads``.
+
+        Raises:
+            ValueError: if top_p or dense_heads do not fit the number of heads.
+        """
+        if isinstance(self.top_p, (int, float)):
+            values = [float(self.top_p)] * q_heads
+        else:
+            values = list(self.top_p)
+        if len(values) != q_heads:
+            raise ValueError(
+                f"PrismConfig: top_p has {len(values)} values; expected one number or {q_heads}, "
+                "one per query head"
+            )
+        for head in self.dense_heads:
+            if head >= q_heads:
+                raise ValueError(
+                    f"PrismConfig: dense_heads names head {head}; expected less than {q_heads}, "
+                    "the number of query heads"
+                )
+            values[head] = 1.0
+        return values[0] if len(set(values)) == 1 else tuple(values)
+
+    def threshold(self, top_p: float) -> float | None:
+        """keep_above, resolved for heads of this top_p: blocks of at least this probability are
+        kept; None for no such rule."""
+        if self.keep_above is None and self.estimator == "grid" and top_p < 1:
+            return (1 - top_p) / 10
         return self.keep_above
 
     def resolve_bands(self, head_dim: int) -> Bands:
@@ -121,3 +235,23 @@ class PrismConfig:
         if self.inv_freq is not None:
             return _bands.split(self.inv_freq, head_dim, block_size, layout)
         return _bands.split(self.rope_theta or DEFAULT_ROPE_THETA, head_dim, block_size, layout)
+
+
+_COLLECTIONS = (Sequence, set, frozenset, range)
+
+
+def _index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _probability(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _hashable(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
+    return tuple(value) if isinstance(value, _COLLECTIONS) and not isinstance(value, str) else value
+
+
+def _indices(values: Any) -> bool:
+    return not isinstance(values, str) and all(_index(value) for value in values)

@@ -21,6 +21,7 @@ CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Result = TypeVar("_Result")
+_Selection = tuple[torch.Tensor, torch.Tensor]  # bits, counts
 
 
 @dataclass(frozen=True)
@@ -212,12 +213,14 @@ def run_sparse(
     causal: bool,
     reason: str,
     layer_idx: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
     """Block-sparse attention, recorded: (out, lse, mask). bands is None for the grid estimator."""
     _ops.load()
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
+    top_p = config.top_p_of_heads(q.shape[1])
     if recorder is not None and recorder.times:
         if bands is None:
             mask, times["select"] = timed(
@@ -229,11 +232,12 @@ def run_sparse(
                 lambda: select_from_means(*means, q_len, k_len, bands, config, causal), q.device
             )
         (out, lse), times["attend"] = timed(
-            lambda: sparse_attention(q, k, v, mask, scale=scale, return_lse=True), q.device
+            lambda: sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True),
+            q.device,
         )
-    elif bands is None:
+    elif bands is None or sinks is not None or isinstance(top_p, tuple):
         mask = _estimate(q, k, bands, config, scale, causal)
-        out, lse = sparse_attention(q, k, v, mask, scale=scale, return_lse=True)
+        out, lse = sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True)
     else:
         high, low = bands.ranges
         out, lse, bits, counts = _ops.call(
@@ -243,10 +247,7 @@ def run_sparse(
             v,
             high,
             low,
-            config.top_p,
-            config.keep_sink,
-            config.keep_recent,
-            config.threshold,
+            *_rules(config, top_p),
             scale,
             causal,
             *config.block_sizes,
@@ -325,15 +326,21 @@ def _sdpa(
         return out
     # A single query, being last, sees every key.
     bias = causal_lower_right(q_len, k_len) if causal and 1 < q_len < k_len else None
+    # Branches, because a compiler that knows no lengths makes symbols of the comparisons.
+    is_causal = enable_gqa = False
+    if causal and bias is None and q_len > 1:
+        is_causal = True
+    if q.shape[1] != k.shape[1]:
+        enable_gqa = True
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
         attn_mask=bias,
         dropout_p=dropout,
-        is_causal=causal and q_len > 1 and bias is None,
+        is_causal=is_causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=enable_gqa,
     )
 
 
@@ -364,14 +371,21 @@ def _estimate(
     causal: bool,
 ) -> BlockMask:
     """The block mask by bands, or by the grid where there are none."""
-    rules = (config.top_p, config.keep_sink, config.keep_recent, config.threshold)
+    q_len, k_len = q.shape[2], k.shape[2]
     sizes = config.block_sizes
-    if bands is None:
-        bits, counts = torch.ops.prism.estimate_grid(q, k, *rules, scale, causal, *sizes)
-    else:
+    if bands is not None and isinstance(config.top_p_of_heads(q.shape[1]), tuple):
+        # The means are the same for every top_p.
+        return select_from_means(*_pool(q, k, config), q_len, k_len, bands, config, causal)
+
+    def estimate(q: torch.Tensor, k: torch.Tensor, top_p: float) -> _Selection:
+        rules = _rules(config, top_p)
+        if bands is None:
+            return torch.ops.prism.estimate_grid(q, k, *rules, scale, causal, *sizes)
         high, low = bands.ranges
-        bits, counts = torch.ops.prism.estimate_blocks(q, k, high, low, *rules, causal, *sizes)
-    return BlockMask(bits, counts, q.shape[2], k.shape[2], *sizes, causal)
+        return torch.ops.prism.estimate_blocks(q, k, high, low, *rules, causal, *sizes)
+
+    bits, counts = _each_top_p(estimate, q, k, config)
+    return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
 
 
 def _pool(
@@ -394,21 +408,76 @@ def select_from_means(
     causal: bool,
 ) -> BlockMask:
     high, low = bands.ranges
-    bits, counts = torch.ops.prism.select_blocks(
-        q_means,
-        k_means,
-        q_len,
-        k_len,
-        high,
-        low,
-        config.top_p,
-        config.keep_sink,
-        config.keep_recent,
-        config.threshold,
-        causal,
-        *config.block_sizes,
-    )
+
+    def select(q_means: torch.Tensor, k_means: torch.Tensor, top_p: float) -> _Selection:
+        return torch.ops.prism.select_blocks(
+            q_means,
+            k_means,
+            q_len,
+            k_len,
+            high,
+            low,
+            *_rules(config, top_p),
+            causal,
+            *config.block_sizes,
+        )
+
+    bits, counts = _each_top_p(select, q_means, k_means, config)
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
+
+
+def _rules(config: PrismConfig, top_p: float) -> tuple[float, int, int, float | None]:
+    """What the ops take to keep of the probabilities of heads with this top_p."""
+    return top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
+
+
+def _each_top_p(
+    select: Callable[[torch.Tensor, torch.Tensor, float], _Selection],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PrismConfig,
+) -> _Selection:
+    """Bits and counts by one ``select(q, k, top_p)`` for every distinct top_p among q's heads.
+
+    Args:
+        q, k: (B, Hq, ...) and (B, Hkv, ...), what select takes of q and k.
+    """
+    top_p = config.top_p_of_heads(q.shape[1])
+    if isinstance(top_p, float):
+        return select(q, k, top_p)
+    kv_heads = int(k.shape[1])
+    if kv_heads == 0 or len(top_p) % kv_heads:
+        raise ValueError(
+            f"q has {len(top_p)} heads and k has {kv_heads}; expected a multiple of k's"
+        )
+    group = len(top_p) // kv_heads
+    bits: dict[int, torch.Tensor] = {}
+    counts: dict[int, torch.Tensor] = {}
+    for value in sorted(set(top_p)):
+        heads = [head for head, head_value in enumerate(top_p) if head_value == value]
+        # Whole groups share their key heads, as in any call; others get a key head each.
+        groups = [heads[i] // group for i in range(0, len(heads), group)]
+        whole = heads == [head for kv in groups for head in range(kv * group, (kv + 1) * group)]
+        kv = groups if whole else [head // group for head in heads]
+        selected = select(_take(q, heads), _take(k, kv), value)
+        for i, head in enumerate(heads):
+            bits[head], counts[head] = selected[0][:, i], selected[1][:, i]
+    heads_in_order = range(len(top_p))
+    return (
+        torch.stack([bits[head] for head in heads_in_order], 1),
+        torch.stack([counts[head] for head in heads_in_order], 1),
+    )
+
+
+def _take(x: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    """x[:, heads], a view where they follow one another.
+
+    By slices: an index tensor would have to be copied to the device.
+    """
+    first, end = heads[0], heads[-1] + 1
+    if heads == list(range(first, end)):
+        return x[:, first:end]
+    return torch.stack([x[:, head] for head in heads], 1)
 
 
 def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:

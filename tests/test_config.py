@@ -20,6 +20,14 @@ from prism_cuda.config import PrismConfig
         ("top_p", 1.5),
         ("top_p", -0.1),
         ("top_p", float("nan")),
+        ("top_p", ()),
+        ("top_p", (0.5, 1.5)),
+        ("top_p", (0.5, float("nan"))),
+        ("top_p", "0.9"),
+        ("top_p", ("0.9",)),
+        ("top_p", None),
+        ("top_p", True),
+        ("top_p", torch.tensor([[0.5]])),
         ("keep_above", 0.0),
         ("keep_above", 1.01),
         ("keep_above", float("nan")),
@@ -32,11 +40,80 @@ from prism_cuda.config import PrismConfig
         ("keep_recent", 1.5),
         ("dense_below", -1),
         ("inv_freq", []),
+        ("dense_heads", 3),
+        ("dense_heads", (0, -1)),
+        ("dense_heads", (0.5,)),
+        ("dense_heads", "01"),
+        ("dense_layers", -1),
+        ("dense_layers", True),
+        ("dense_layers", (1, -2)),
+        ("dense_layers", "first"),
+        ("layers", {-1: {"top_p": 0.5}}),
+        ("layers", {0: 0.5}),
+        ("layers", {"0": {"top_p": 0.5}}),
+        ("layers", [0.5, 0.9]),
+        ("layers", (0.5,)),
     ],
 )
 def test_errors_name_field_value_and_allowed(field, value):
     with pytest.raises(ValueError, match=f"{field} is .*; expected"):
         PrismConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"top_p": 2.0}, r"layers\[3\] is wrong: PrismConfig: top_p is 2.0; expected"),
+        ({"dense_heads": 1}, r"layers\[3\] is wrong: PrismConfig: dense_heads is 1; expected"),
+        ({"block_size": 64}, r"layers\[3\] sets 'block_size'; expected \('estimator', 'top_p'"),
+        (
+            {"estimator": "fine"},
+            r"layers\[3\] is wrong: PrismConfig: estimator is 'fine'; expected",
+        ),
+        ({"topp": 0.5}, r"layers\[3\] sets 'topp'; expected \('estimator', 'top_p'"),
+    ],
+)
+def test_wrong_settings_of_a_layer_name_it(fields, message):
+    with pytest.raises(ValueError, match=message):
+        PrismConfig(layers={1: {"top_p": 0.5}, 3: fields})
+
+
+def test_settings_of_layers():
+    config = PrismConfig(
+        top_p=0.9,
+        block_size=64,
+        dense_layers=2,
+        layers={
+            3: {"top_p": [0.5, 0.7], "bands": (16, 32)},
+            5: {"keep_sink": 4, "estimator": "grid"},
+        },
+    )
+    assert [config.is_dense_layer(layer) for layer in (None, 0, 1, 2)] == [False, True, True, False]
+    assert config.for_layer(None) is config and config.for_layer(4) is config
+    third = config.for_layer(3)
+    assert (third.top_p, third.bands, third.block_size) == ((0.5, 0.7), (16, 32), 64)
+    assert (config.for_layer(5).top_p, config.for_layer(5).keep_sink) == (0.9, 4)
+    assert config.for_layer(5).threshold(0.9) == pytest.approx(0.01)
+    assert third.threshold(0.5) is None
+    # What a layer does not set follows the config it is in.
+    assert dataclasses.replace(config, top_p=0.8).for_layer(5).top_p == 0.8
+    assert hash(config) == hash(dataclasses.replace(config))
+    chosen = PrismConfig(dense_layers={4, 1})
+    assert chosen.dense_layers == (1, 4)
+    assert [chosen.is_dense_layer(layer) for layer in (0, 1, 4)] == [False, True, True]
+    assert PrismConfig(dense_layers=range(2)).dense_layers == (0, 1)
+
+
+def test_top_p_of_heads():
+    assert PrismConfig(top_p=0.9).top_p_of_heads(4) == 0.9
+    assert PrismConfig(top_p=[0.5, 0.5]).top_p_of_heads(2) == 0.5
+    assert PrismConfig(top_p=torch.tensor([0.5, 0.25])).top_p_of_heads(2) == (0.5, 0.25)
+    assert PrismConfig(top_p=0.9, dense_heads={2, 0}).top_p_of_heads(4) == (1.0, 0.9, 1.0, 0.9)
+    assert PrismConfig(top_p=0.9, dense_heads=(1, 0)).top_p_of_heads(2) == 1.0
+    with pytest.raises(ValueError, match="top_p has 2 values; expected one number or 4"):
+        PrismConfig(top_p=(0.5, 0.6)).top_p_of_heads(4)
+    with pytest.raises(ValueError, match="dense_heads names head 4; expected less than 4"):
+        PrismConfig(dense_heads=(0, 4)).top_p_of_heads(4)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +154,8 @@ def test_bands_that_do_not_fit_the_head():
 
 
 def test_threshold_of_the_grid_follows_top_p():
-    assert PrismConfig(top_p=0.9).threshold is None
-    assert PrismConfig(top_p=0.9, keep_above=0.2).threshold == 0.2
-    assert PrismConfig(top_p=0.9, estimator="grid").threshold == pytest.approx(0.01)
-    assert PrismConfig(top_p=1.0, estimator="grid").threshold is None
-    assert PrismConfig(top_p=0.9, keep_above=0.2, estimator="grid").threshold == 0.2
+    assert PrismConfig().threshold(0.9) is None
+    assert PrismConfig(keep_above=0.2).threshold(0.9) == 0.2
+    grid = PrismConfig(top_p=(0.9, 1.0), estimator="grid")
+    assert [grid.threshold(top_p) for top_p in grid.top_p] == [pytest.approx(0.01), None]
+    assert PrismConfig(keep_above=0.2, estimator="grid").threshold(0.9) == 0.2

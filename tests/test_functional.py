@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -19,10 +21,19 @@ EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
 DENSE = PrismConfig(block_size=64, dense_below=1 << 40)
 
 
-def qkv(q_len=300, k_len=300, head_dim=64, dtype=torch.float32):
-    q = torch.randn(2, 4, q_len, head_dim, dtype=dtype)
-    k = torch.randn(2, 2, k_len, head_dim, dtype=dtype)
+def qkv(q_len=300, k_len=300, head_dim=64, dtype=torch.float32, heads=4):
+    q = torch.randn(2, heads, q_len, head_dim, dtype=dtype)
+    k = torch.randn(2, heads // 2, k_len, head_dim, dtype=dtype)
     return q, k, torch.randn_like(k)
+
+
+def structured_qkv(heads, length=900):
+    """Blocks that differ: on noise alone the grid's threshold keeps nearly all of them."""
+    q, k, v = qkv(length, length, heads=heads)
+    q, k = (
+        x + torch.randn_like(x[:, :, ::64]).repeat_interleave(64, 2)[:, :, :length] for x in (q, k)
+    )
+    return q, k, v
 
 
 def dense(q, k, v, scale=None, causal=True):
@@ -66,6 +77,77 @@ def test_prefill_is_select_then_attend(config):
     attended, lse = prism_cuda.sparse_attention(q, k, v, selected, return_lse=True)
     assert torch.equal(out, attended)
     assert lse.shape == q.shape[:3]
+
+
+PER_HEAD = (0.3, 0.6, 1.0, 0.3)
+
+
+PER_GROUP = (0.3, 0.3, 0.6, 0.6, 0.3, 0.3)
+
+
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+@pytest.mark.parametrize("top_p_of_heads", [PER_HEAD, PER_GROUP], ids=["heads", "groups"])
+def test_top_p_per_head_is_each_head_on_its_own(top_p_of_heads, estimator):
+    q, k, v = structured_qkv(heads=len(top_p_of_heads))
+    config = PrismConfig(block_size=64, top_p=top_p_of_heads, dense_below=0, estimator=estimator)
+    out, lse, mask = prism_cuda.prefill(q, k, v, config=config, return_lse=True, return_mask=True)
+    assert torch.equal(prism_cuda.select_blocks(q, k, config=config).bits, mask.bits)
+    with prism_cuda.record(times=True):
+        assert torch.equal(prism_cuda.prefill(q, k, v, config=config), out)
+    density = mask.density_per_head()[0]
+    for more, less in ((0.6, 0.3), (1.0, 0.6)):
+        denser, sparser = (
+            [density[i] for i, p in enumerate(top_p_of_heads) if p == value]
+            for value in (more, less)
+        )
+        assert min(denser, default=2) > max(sparser)
+    for head, top_p in enumerate(top_p_of_heads):
+        one = PrismConfig(block_size=64, top_p=top_p, dense_below=0, estimator=estimator)
+        every_head_out, every_head = prism_cuda.prefill(q, k, v, config=one, return_mask=True)
+        assert torch.equal(mask.bits[:, head], every_head.bits[:, head])
+        assert torch.equal(mask.counts[:, head], every_head.counts[:, head])
+        assert torch.equal(out[:, head], every_head_out[:, head])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+@pytest.mark.parametrize("top_p_of_heads", [PER_HEAD, PER_GROUP], ids=["heads", "groups"])
+def test_top_p_per_head_on_cuda(top_p_of_heads, estimator):
+    """But for blocks whose sums are rounded to the other side of top_p."""
+    q, k, _ = (x.bfloat16().cuda() for x in structured_qkv(heads=len(top_p_of_heads)))
+    config = PrismConfig(block_size=64, top_p=top_p_of_heads, estimator=estimator)
+    kept = prism_cuda.select_blocks(q, k, config=config).to_dense()
+    for head, top_p in enumerate(top_p_of_heads):
+        one = dataclasses.replace(config, top_p=top_p)
+        expected = prism_cuda.select_blocks(q, k, config=one).to_dense()
+        assert (kept[:, head] != expected[:, head]).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_dense_heads_keep_every_block(config):
+    q, k, v = qkv()
+    config = dataclasses.replace(config, top_p=0.3, dense_heads=(1,))
+    out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    density = mask.density_per_head()[0]
+    assert density[1] == 1 and (density[[0, 2, 3]] < 1).all()
+    close(out[:, 1], dense(q, k, v)[0][:, 1])
+
+
+@pytest.mark.parametrize("call", [prism_cuda.prefill, prism_cuda.select_blocks])
+def test_settings_for_another_number_of_heads(call):
+    tensors = qkv()[: 3 if call is prism_cuda.prefill else 2]
+    with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
+        call(*tensors, config=PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0))
+    with pytest.raises(ValueError, match="dense_heads names head 4"):
+        call(*tensors, config=PrismConfig(block_size=64, dense_heads=(4,), dense_below=0))
+
+
+def test_top_p_per_head_needs_whole_groups():
+    q, k, _ = qkv()
+    config = PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0)
+    with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
+        prism_cuda.select_blocks(q[:, :3], k, config=config)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -178,9 +260,13 @@ def test_cuda_equals_cpu():
     assert all(seconds > 0 for seconds in recording.calls[0].times.values())
 
 
-@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
-def test_compiles_without_graph_breaks(config):
+@pytest.mark.parametrize("top_p", [0.5, PER_HEAD], ids=["one", "per_head"])
+@pytest.mark.parametrize("estimator", ["bands", "grid"])
+def test_compiles_without_graph_breaks(estimator, top_p):
     q, k, v = qkv(200, 200)
+    config = PrismConfig(
+        block_size=64, top_p=top_p, dense_heads=(2,), dense_below=0, estimator=estimator
+    )
     compiled = torch.compile(
         lambda q, k, v: prism_cuda.prefill(q, k, v, config=config),
         fullgraph=True,

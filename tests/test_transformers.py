@@ -9,10 +9,8 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 from transformers import (  # noqa: E402
     CohereConfig,
-    Gemma2Config,
     GlmConfig,
     GPT2Config,
-    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -123,7 +121,52 @@ def test_sparse_differs_and_is_recorded():
     assert len(recording.calls) == 2
 
 
-def test_grid_needs_no_rope():
+def test_layers_and_heads_have_their_own_settings():
+    config = PrismConfig(
+        block_size=64,
+        top_p=0.4,
+        dense_below=0,
+        dense_layers=1,
+        layers={
+            2: {"top_p": 1.0},
+            3: {"dense_heads": (1, 2), "keep_sink": 0},
+            4: {"estimator": "grid"},
+        },
+    )
+    prism_cuda.register(config, "prism-layers")
+    model = build(num_hidden_layers=6)
+    ids = tokens(1, 640)
+    with prism_cuda.record(masks=True, times=True) as recording:
+        logits(model, "prism-layers", ids)
+    assert [call.path for call in recording.calls] == ["dense"] + ["prism"] * 5
+    assert recording.calls[0].reason == "dense_layers"
+    _, sparse, full, by_head, grid, last = recording.calls
+    assert "pool" in sparse.times and "pool" not in grid.times
+    assert full.density == 1 and sparse.density < 1 and last.density < 1
+    density = by_head.mask.density_per_head()[0]
+    assert (density[1:3] == 1).all() and (density[[0, 3]] < 1).all()
+    assert not by_head.mask.to_dense()[0, [0, 3], :, 0].all()
+    assert sparse.mask.to_dense()[..., 0].all()
+
+
+def test_every_layer_dense_equals_eager():
+    prism_cuda.register(PrismConfig(block_size=64, dense_below=0, dense_layers=2), "prism-dense")
+    model = build()
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    real[0, :30] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    actual = logits(model, "prism-dense", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
+
+
+def test_settings_of_heads_that_the_model_does_not_have():
+    prism_cuda.register(PrismConfig(block_size=64, dense_below=0, dense_heads=(4,)), "prism-wrong")
+    with pytest.raises(ValueError, match="dense_heads names head 4; expected less than 4"):
+        logits(build(), "prism-wrong", tokens(1, 200))
+
+
+def test_grid_of_a_model_without_rope():
     config = GPT2Config(
         vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=1024, bos_token_id=1,
         eos_token_id=2, attn_pdrop=0.0,
@@ -142,8 +185,6 @@ def test_grid_needs_no_rope():
     with prism_cuda.record() as recording:
         assert (logits(model, "prism-grid-sparse", ids) - expected).abs().max() > 1e-4
     assert all(call.path == "prism" and 0 < call.density < 1 for call in recording.calls)
-    with pytest.raises(ValueError, match="rotary"):
-        logits(model, "prism", ids)
 
 
 def test_padding_on_both_sides():
@@ -194,17 +235,57 @@ def test_mask_with_holes_and_4d_mask_run_dense():
     )
 
 
-def test_packed_sequences_run_dense():
+def test_packed_sequences_run_dense_behind_a_mask():
     model = build()
     ids = tokens(1, 200)
     positions = torch.cat([torch.arange(120), torch.arange(80)])[None]
-    close(
-        logits(model, "prism", ids, position_ids=positions, use_cache=False),
-        logits(model, "sdpa", ids, position_ids=positions, use_cache=False),
-    )
-    lengths = torch.tensor([0, 120, 200], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="packed"):
-        logits(model, "prism", ids, cu_seq_lens_q=lengths)
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, position_ids=positions, use_cache=False)
+    close(actual, logits(model, "sdpa", ids, position_ids=positions, use_cache=False))
+    assert {call.reason for call in recording.calls} == {"a token-level mask"}
+
+
+def test_packed_sequences_with_lengths_are_sparse_each_on_its_own():
+    model = build()
+    parts = [tokens(1, length) for length in (120, 1, 300, 80)]
+    alone = [logits(model, "prism-sparse", part) for part in parts]
+    lengths = torch.tensor([0, 120, 121, 121, 421, 501], dtype=torch.int32)  # one is empty
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    with prism_cuda.record() as recording:
+        packed = logits(
+            model,
+            "prism-sparse",
+            torch.cat(parts, 1),
+            position_ids=positions,
+            past_key_values=transformers.DynamicCache(config=model.config),
+            cu_seq_lens_q=lengths,
+            cu_seq_lens_k=lengths,
+        )
+    for got, want in zip(packed.split((120, 1, 300, 80), 1), alone, strict=True):
+        close(got, want)
+    paths = [call.path for call in recording.calls[:4]]
+    assert paths == ["prism", "dense", "prism", "prism"]
+
+
+@pytest.mark.parametrize(
+    ("q_lengths", "k_lengths", "message"),
+    [
+        ([0, 120, 201], [0, 120, 200], "cu_seq_lens_q ends at 201"),
+        ([0, 120, 200], [0, 120, 202], "cu_seq_lens_k at 202"),
+        ([0, 120, 200], [0, 200], "cu_seq_lens_k has 2 entries; expected 3"),
+    ],
+)
+def test_wrong_lengths_are_refused(q_lengths, k_lengths, message):
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        logits(
+            model,
+            "prism",
+            tokens(1, 200),
+            past_key_values=transformers.DynamicCache(config=model.config),
+            cu_seq_lens_q=torch.tensor(q_lengths),
+            cu_seq_lens_k=torch.tensor(k_lengths),
+        )
 
 
 @pytest.mark.parametrize("chunks", [(128, 128, 44), (200, 100), (64, 235, 1)])
@@ -325,17 +406,14 @@ def test_non_causal_layers_run_dense():
     close(logits(model, "prism", ids), logits(model, "sdpa", ids))
 
 
-@pytest.mark.parametrize(
-    ("config_class", "changes", "feature"),
-    [
-        (Gemma2Config, {"query_pre_attn_scalar": 64}, "soft-capping"),
-        (GptOssConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
-    ],
-)
-def test_unsupported_features_raise(config_class, changes, feature):
-    model = build(config_class, **changes)
-    with pytest.raises(NotImplementedError, match=feature):
-        logits(model, "prism", tokens(1, 200))
+@pytest.mark.parametrize("argument", ["position_bias", "block_table", "cache"])
+def test_unsupported_features_raise(argument):
+    model = build()
+    attention = transformers.AttentionInterface()["prism"]
+    q = torch.zeros(1, 4, 10, 64)
+    k = torch.zeros(1, 2, 10, 64)
+    with pytest.raises(NotImplementedError, match="prism: LlamaAttention uses"):
+        attention(model.model.layers[0].self_attn, q, k, k, None, **{argument: torch.zeros(1)})
 
 
 def test_unsupported_head_dim_runs_dense():

@@ -34,7 +34,8 @@ template <typename... Args>
     }                                   \
   } while (0)
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// For a >= 0; does not overflow.
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 std::string shape_string(const Tensor& tensor);
 

@@ -64,6 +64,10 @@ Batch check_batch(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
                   const std::optional<Tensor>& block_table, int64_t max_seqlen_q,
                   int64_t max_seqlen_k) {
+  PRISM_CHECK(!block_table || !cu_seqlens_k, kOp,
+              "cu_seqlens_k and block_table are both given; expected one of them");
+  PRISM_CHECK(block_table || cu_seqlens_k, kOp,
+              "cu_seqlens_k and block_table are None; expected one of them");
   const int64_t kv_dims = block_table ? 4 : 3;
   const char* kv_shape =
       block_table ? "(pages, page_size, kv_heads, head_dim)" : "(total_k, kv_heads, head_dim)";
@@ -90,16 +94,13 @@ Batch check_batch(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   check_longest("max_seqlen_q", max_seqlen_q);
   check_longest("max_seqlen_k", max_seqlen_k);
   if (seqused_k) {
-    check_lengths("seqused_k", *seqused_k, q, batch.size, "(batch)");
+    check_lengths("seqused_k", *seqused_k, q, batch.size, "one less than cu_seqlens_q");
   }
   if (block_table) {
-    PRISM_CHECK(!cu_seqlens_k, kOp,
-                "cu_seqlens_k and block_table are both given; expected one of them");
     PRISM_CHECK(seqused_k, kOp, "seqused_k is None; expected the lengths of the paged sequences");
     check_pages(q, k, *block_table, batch);
   } else {
-    PRISM_CHECK(cu_seqlens_k, kOp, "cu_seqlens_k and block_table are None; expected one of them");
-    check_lengths("cu_seqlens_k", *cu_seqlens_k, q, batch.size + 1, "(batch + 1)");
+    check_lengths("cu_seqlens_k", *cu_seqlens_k, q, batch.size + 1, "as cu_seqlens_q");
     check_total("k", k);
   }
   return batch;

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 from prism_cuda.config import PrismConfig
 
 
@@ -17,10 +20,31 @@ def register(config: PrismConfig | None = None, name: str = "prism") -> None:
     Raises:
         ImportError: if transformers >= 5 is not installed.
     """
+    _plugin().register(config or PrismConfig(), name)
+
+
+def use_continuous_batching(model: Any, name: str = "prism") -> None:
+    """Make ``model.generate_batch`` prefill with a registered name.
+
+    Transformers accepts only its own names for continuous batching, so ``set_attn_implementation``
+    does not do; it does switch the model back to anything else.
+
+    Args:
+        model: a transformers model; it and its submodels are switched.
+        name: as given to :func:`register`.
+
+    Raises:
+        ImportError: if transformers >= 5 is not installed.
+        ValueError: if the name is not registered.
+    """
+    _plugin().use_continuous_batching(model, name)
+
+
+def _plugin() -> ModuleType:
     try:
         from prism_cuda.integrations import transformers as plugin
     except ImportError as error:
         raise ImportError(
-            "prism_cuda.register needs transformers >= 5: pip install 'prism-cuda[hf]'"
+            "prism_cuda needs transformers >= 5 for this: pip install 'prism-cuda[hf]'"
         ) from error
-    plugin.register(config or PrismConfig(), name)
+    return plugin

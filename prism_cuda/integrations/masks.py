@@ -15,11 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers.masking_utils import causal_mask_function, sdpa_mask
-from transformers.utils import logging
 
 from prism_cuda.config import PrismConfig
-
-logger = logging.get_logger(__name__)
+from prism_cuda.integrations.warnings import warn_once
 
 Span = tuple[int, int]
 
@@ -65,7 +63,7 @@ def prism_mask(
     window_open = local_size is not None and local_size >= kv_length and allow_is_causal_skip
     if mask_function is not causal_mask_function and not window_open:
         if _could_be_sparse(prism_config, q_length, kv_length):
-            logger.warning_once(
+            warn_once(
                 "prism: attention other than plain causal (sliding window, packed sequences, "
                 "bidirectional or custom masks) runs dense, with a (q, kv) mask in memory."
             )
@@ -85,12 +83,37 @@ def prism_mask(
         padding = F.pad(padding, (0, written - padding.shape[1]))
     spans = _contiguous_spans(padding)
     if spans is None:
-        logger.warning_once("prism: an attention_mask with holes runs dense.")
+        warn_once("prism: an attention_mask with holes runs dense.")
         return token_mask()
     if written == kv_length and all(span == (0, written) for span in spans):
         return None
     setattr(padding, _SPANS, spans)
     return padding
+
+
+def token_mask(
+    q_len: int,
+    k_len: int,
+    device: torch.device,
+    padding: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Bool (B or 1, 1, q_len, k_len): what causal queries see, token by token.
+
+    Args:
+        padding: bool (B, n), the real tokens; queries end at the n-th key. None: at the last one.
+        window: keys that a query sees, its own included; None for all.
+    """
+    written = k_len if padding is None else padding.shape[1]
+    position = torch.arange(written - q_len, written, device=device)[:, None]
+    key = torch.arange(k_len, device=device)[None, :]
+    visible = key <= position
+    if window is not None:
+        visible = visible & (key > position - window)
+    visible = visible[None, None]
+    if padding is not None:
+        visible = visible & F.pad(padding, (0, k_len - written))[:, None, None, :]
+    return visible
 
 
 def row_spans(padding: torch.Tensor) -> list[Span]:

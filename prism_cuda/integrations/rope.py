@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from prism_cuda import bands
 from prism_cuda.bands import Bands, Layout
 from prism_cuda.config import PrismConfig
+
+# Hybrid models whose layers with full attention have no position embedding, by class name.
+ROTATE_WINDOWED_ONLY = ("Cohere2", "Exaone4", "ExaoneMoe", "Flint")
+
+Ranges = tuple[tuple[int, ...], tuple[int, ...]]
+
+# By layer, then by head_dim and settings: a layer's frequencies do not change.
+_ranges: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], Ranges]]
+_ranges = WeakKeyDictionary()
+
+
+@torch.compiler.assume_constant_result
+def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Ranges:
+    """high_ranges and low_ranges of :func:`layer_bands`, remembered.
+
+    Plain tuples and not Bands, which a compiler cannot take as a constant.
+    """
+    of_layer = _ranges.setdefault(module, {})
+    ranges = of_layer.get((head_dim, config))
+    if ranges is None:
+        # torch.export runs this with fake tensors, which have no values.
+        with _disable_current_modes():
+            bands = layer_bands(module, head_dim, config)
+        ranges = of_layer[head_dim, config] = (bands.high_ranges, bands.low_ranges)
+    return ranges
 
 
 def layer_bands(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Bands:
@@ -22,7 +50,7 @@ def layer_bands(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> 
     """
     if isinstance(config.bands, Bands):
         return config.bands
-    if not getattr(module, "use_rope", True):
+    if not _rotates(module):
         # Without rotation nothing cancels: the whole head is one low band.
         return Bands((), (0, head_dim))
     layout = config.rope_layout or _layout(module)
@@ -76,20 +104,54 @@ def _layer_type(module: torch.nn.Module) -> str | None:
     return layer_types[layer_idx] if layer_types and layer_idx is not None else None
 
 
-def _layout(module: torch.nn.Module) -> Layout:
-    """The layout of the model's rotation, by asking its rotate_half where dimension 1 goes.
+def _rotates(module: torch.nn.Module) -> bool:
+    """Whether the layer rotates its queries and keys at all."""
+    if not getattr(module, "use_rope", True):
+        return False
+    if any(name in type(module).__name__ for name in ROTATE_WINDOWED_ONLY):
+        windowed = "sliding_attention" in (getattr(module.config, "layer_types", None) or [])
+        forced = getattr(module, "force_rope", False)
+        return forced or not windowed or _layer_type(module) == "sliding_attention"
+    if "rope" not in getattr(module.config, "position_embedding_type", "rope"):
+        return False
+    # Learned positions, ALiBi or none: such configs have no word of rotary embedding.
+    return any("rope" in name or "rotary" in name for name in vars(module.config))
 
-    Configs do not tell the layouts apart, but every modeling file has one rotate_half: it maps
-    (0, 1, 2, 3) to (-2, -3, 0, 1) in the half layout and to (-1, 0, -3, 2) when interleaved.
+
+def _layout(module: torch.nn.Module) -> Layout:
+    """The layout of the model's rotation, by asking its modeling file where dimensions go.
+
+    Configs do not tell the layouts apart. A quarter turn maps (0, 1, 2, 3), up to signs, to
+    (2, 3, 0, 1) in the half layout and to (1, 0, 3, 2) when interleaved.
     """
-    rotate_half = None
-    for model_class in type(module).__mro__:
-        modeling_file = sys.modules.get(model_class.__module__)
-        rotate_half = rotate_half or getattr(modeling_file, "rotate_half", None)
-    if rotate_half is None:
+    turned: list[float] | None = None
+    for layer_class in type(module).__mro__:
+        modeling_file = sys.modules.get(layer_class.__module__)
+        turned = turned or _quarter_turn(modeling_file)
+    layouts: dict[tuple[float, ...], Layout] = {(2, 3, 0, 1): "half", (1, 0, 3, 2): "interleaved"}
+    layout = layouts.get(tuple(abs(value) for value in turned or ()))
+    if layout is None:
         raise ValueError(
             f"prism: cannot tell how {type(module).__name__} pairs rotary dimensions; "
             "set PrismConfig(rope_layout='half') or PrismConfig(rope_layout='interleaved')"
         )
-    rotated = rotate_half(torch.arange(4.0).view(1, 4)).flatten().tolist()
-    return "half" if rotated == [-2.0, -3.0, 0.0, 1.0] else "interleaved"
+    return layout
+
+
+def _quarter_turn(modeling_file: Any) -> list[float] | None:
+    """(0, 1, 2, 3) turned by 90 degrees by a modeling file's own functions, if it has any."""
+    x = torch.arange(4.0)
+    rotate_half = getattr(modeling_file, "rotate_half", None)
+    if rotate_half is not None:
+        return rotate_half(x.view(1, 4)).flatten().tolist()
+    head = x.view(1, 1, 1, 4)
+    by_angle = getattr(modeling_file, "apply_rotary_pos_emb", None)
+    by_complex = getattr(modeling_file, "apply_rotary_emb", None)
+    cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # one angle for each of the two pairs
+    # A file with functions of another kind does not fit the calls, and tells nothing.
+    with contextlib.suppress(RuntimeError, TypeError, ValueError):
+        if by_angle is not None:
+            return by_angle(head, head, cos, sin)[0].flatten().tolist()
+        if by_complex is not None:
+            return by_complex(head, head, torch.complex(cos, sin))[0].flatten().tolist()
+    return None

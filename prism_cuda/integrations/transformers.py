@@ -1,34 +1,56 @@
 """attn_implementation="prism" for transformers 5: one attention and one mask function.
 
-Sparse runs where the method applies: causal self-attention over long inputs, whole or in chunks,
-with or without padding. Decode, short inputs and everything else that stays exact run dense; what
-would be silently wrong raises.
+Sparse runs where the method applies: causal self-attention over long inputs, whole, in chunks or
+packed, with or without padding and attention sinks. Decode, short inputs and everything else run
+dense; what neither path gets right raises.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging
 
 from prism_cuda import functional
 from prism_cuda.bands import Bands
 from prism_cuda.config import PrismConfig
+from prism_cuda.integrations import dense
+from prism_cuda.integrations.dense import LayerCall
 from prism_cuda.integrations.masks import prism_mask, row_spans
-from prism_cuda.integrations.rope import layer_bands
+from prism_cuda.integrations.rope import layer_ranges
+from prism_cuda.integrations.warnings import warn_once
 
-logger = logging.get_logger(__name__)
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def register(config: PrismConfig, name: str) -> None:
     """Register ``name`` with transformers; see :func:`prism_cuda.register`."""
-    AttentionInterface.register(name, PrismAttention(config))
-    AttentionMaskInterface.register(name, functools.partial(prism_mask, config))
+    attention = PrismAttention(config)
+    for key in (name, continuous_batching_name(name)):
+        AttentionInterface.register(key, attention)
+        AttentionMaskInterface.register(key, functools.partial(prism_mask, config))
+
+
+def continuous_batching_name(name: str) -> str:
+    """The key under which ``name`` serves generate_batch, see :func:`use_continuous_batching`."""
+    return f"{name}-flash"
+
+
+def use_continuous_batching(model: Any, name: str) -> None:
+    """Switch a model to ``name`` for generate_batch; see prism_cuda.use_continuous_batching."""
+    key = continuous_batching_name(name)
+    if key not in AttentionInterface._global_mapping:
+        raise ValueError(
+            f"prism_cuda: name is {name!r}; expected a registered one: call "
+            f"prism_cuda.register(name={name!r}) first"
+        )
+    # generate_batch asks the name whether the attention reads cumulative lengths ("flash") or a
+    # mask of all the batch's tokens, and set_attn_implementation would look for a kernel to
+    # download behind a name with "flash" in it.
+    model.config._attn_implementation = key
 
 
 class PrismAttention:
@@ -36,7 +58,9 @@ class PrismAttention:
 
     def __init__(self, config: PrismConfig) -> None:
         self.config = config
-        self._bands: WeakKeyDictionary[torch.nn.Module, Bands] = WeakKeyDictionary()
+        self._layer_configs: dict[int | None, PrismConfig] = {
+            layer: config.for_layer(layer) for layer in config.own_layers()
+        }
 
     def __call__(
         self,
@@ -49,6 +73,8 @@ class PrismAttention:
         scaling: float | None = None,
         sliding_window: int | None = None,
         is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attend as transformers asks.
@@ -57,78 +83,100 @@ class PrismAttention:
             module: the attention layer, asked for its config, layer_idx and is_causal.
             query: (B, Hq, q, D), rotated. key, value: (B, Hkv, kv, D), the cache included.
             attention_mask: as :func:`prism_cuda.integrations.masks.prism_mask` makes it.
+            softcap: logits are softcap * tanh(logits / softcap).
+            s_aux: (Hq,) attention sinks, logits that take part in the softmax and have no value.
+            cu_seq_lens_q, cu_seq_lens_k: int (sequences + 1,), where packed sequences begin and
+                end in a batch of 1. Read by the host.
 
         Returns:
             out (B, q, Hq, D), and None for the weights.
 
         Raises:
-            NotImplementedError: for softcap, attention sinks, position biases, paged caches and
-                unmasked packed sequences.
+            NotImplementedError: for position biases and block tables.
         """
-        _refuse_unsupported(module, attention_mask, kwargs)
+        _refuse_unsupported(module, kwargs)
         if kwargs.get("output_attentions"):
-            logger.warning_once("prism: attention weights are never computed; none are returned.")
+            warn_once("prism: attention weights are never computed; none are returned.")
         layer_idx = getattr(module, "layer_idx", None)
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        masked = attention_mask is not None and attention_mask.dim() != 2
-        if masked or not is_causal:
-            choice = functional.choose(query, key, value, self.config)
-            if choice.path == "dense":
-                reason = choice.reason
-            else:
-                reason = "a token-level mask" if masked else "a non-causal layer"
-            functional.note_dense(reason, query, key, layer_idx)
-            if attention_mask is not None and not masked:
-                attention_mask = attention_mask[:, None, None, :]
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal
-            )
-        if sliding_window is not None and sliding_window < key.shape[2]:
-            raise NotImplementedError(
-                f"prism: layer {layer_idx} has a sliding window of {sliding_window} over "
-                f"{key.shape[2]} keys, but its model made no window mask for it"
-            )
-        attend = functools.partial(
-            self._attend, module, dropout=dropout, scale=scaling, layer_idx=layer_idx
+        call = LayerCall(
+            module,
+            layer_idx,
+            self._layer_configs.get(layer_idx, self.config),
+            self.config.is_dense_layer(layer_idx),
+            getattr(module, "is_causal", True) if is_causal is None else is_causal,
+            scaling,
+            dropout,
+            sliding_window,
+            softcap,
+            s_aux,
         )
-        if attention_mask is None:
+        attend = functools.partial(self._attend, call)
+        q_ends = kwargs.get("cu_seq_lens_q")
+        if attention_mask is None and q_ends is not None:
+            k_ends = kwargs.get("cu_seq_lens_k")
+            out = _attend_packed(attend, query, key, value, q_ends, k_ends)
+        elif attention_mask is None:
             out = attend(query, key, value)
-        else:
+        elif attention_mask.dim() == 2 and call.causal:
             out = _attend_padded(attend, query, key, value, attention_mask)
+        elif attention_mask.dim() == 2:
+            out = attend(query, key, value, attention_mask[:, None, None, :])
+        else:
+            out = attend(query, key, value, attention_mask)
         return out.transpose(1, 2).contiguous(), None
 
     def _attend(
         self,
-        module: torch.nn.Module,
+        call: LayerCall,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        dropout: float,
-        scale: float | None,
-        layer_idx: int | None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention without padding, sparse if it can be: (B, Hq, q, D)."""
-        choice = functional.choose(query, key, value, self.config)
-        if dropout > 0 and choice.path == "prism":
-            choice = functional.Dispatch("dense", "sdpa", "dropout")
+        """Attention of one sequence per row, sparse if it can be: (B, Hq, q, D)."""
+        choice = functional.choose(query, key, value, call.config)
+        if choice.path == "prism":
+            obstacle = call.why_dense(key.shape[2], mask)
+            if obstacle is not None:
+                choice = functional.Dispatch("dense", "sdpa", obstacle)
         if choice.path == "dense":
-            if key.shape[2] >= self.config.dense_below and query.shape[2] > 1:
-                logger.warning_once(f"prism: {type(module).__name__} runs dense: {choice.reason}.")
-            return functional.run_dense(
-                query, key, value, scale, True, choice.reason, layer_idx, dropout
-            )
-        bands = self._bands.get(module)
-        if bands is None and self.config.estimator == "bands":
-            bands = self._bands[module] = layer_bands(module, query.shape[-1], self.config)
+            _warn_of_dense(call, query, key, mask, choice.reason)
+            return dense.attend(call, query, key, value, mask, choice.reason)
+        bands = None
+        if call.config.estimator == "bands":
+            bands = Bands(*layer_ranges(call.module, query.shape[-1], call.config))
         out, _, _ = functional.run_sparse(
-            query, key, value, bands, self.config, scale, True, choice.reason, layer_idx
+            query,
+            key,
+            value,
+            bands,
+            call.config,
+            call.scale,
+            True,
+            choice.reason,
+            call.layer_idx,
+            None if call.sinks is None else call.sinks.float().contiguous(),
         )
         return out
 
 
+def _warn_of_dense(
+    call: LayerCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    reason: str,
+) -> None:
+    """Say once which long prefills run dense although nobody asked for it."""
+    asked_for = call.dense or not call.causal
+    warned_of = mask is not None  # by prism_mask
+    long = key.shape[2] >= call.config.dense_below and query.shape[2] > 1
+    if long and not (asked_for or warned_of):
+        warn_once(f"prism: {type(call.module).__name__} runs dense: {reason}.")
+
+
 def _attend_padded(
-    attend: functools.partial[torch.Tensor],
+    attend: Attend,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -156,24 +204,55 @@ def _attend_padded(
     return out
 
 
-def _refuse_unsupported(
-    module: torch.nn.Module, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
-) -> None:
+def _attend_packed(
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_ends: torch.Tensor,
+    k_ends: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend sequence by sequence; queries past the last sequence get 0.
+
+    Args:
+        q_ends, k_ends: int (sequences + 1,), where the sequences end, after a leading 0.
+    """
+    if query.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise NotImplementedError(
+            "prism: the lengths of packed sequences are read by the host, which a CUDA graph "
+            "cannot do; pass ContinuousBatchingConfig(use_cuda_graph=False)"
+        )
+    if query.shape[0] != 1:
+        raise ValueError(f"prism: cu_seq_lens_q with a batch of {query.shape[0]}; expected 1")
+    q_bounds = q_ends.tolist()
+    k_bounds = q_bounds if k_ends is None or k_ends is q_ends else k_ends.tolist()
+    if len(k_bounds) != len(q_bounds):
+        raise ValueError(
+            f"prism: cu_seq_lens_k has {len(k_bounds)} entries; expected {len(q_bounds)}, as many "
+            "as cu_seq_lens_q"
+        )
+    if q_bounds[-1] > query.shape[2] or k_bounds[-1] > key.shape[2]:
+        raise ValueError(
+            f"prism: cu_seq_lens_q ends at {q_bounds[-1]} and cu_seq_lens_k at {k_bounds[-1]}; "
+            f"expected at most {query.shape[2]} and {key.shape[2]}, the tokens there are"
+        )
+    out = query.new_zeros((*query.shape[:3], value.shape[-1]))
+    for i in range(len(q_bounds) - 1):
+        queries = slice(q_bounds[i], q_bounds[i + 1])
+        keys = slice(k_bounds[i], k_bounds[i + 1])
+        if queries.start < queries.stop:
+            out[:, :, queries] = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys])
+    return out
+
+
+def _refuse_unsupported(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
     features = {
-        "softcap": "logit soft-capping",
-        "s_aux": "attention sinks",
-        "position_bias": "position biases",
-        "cache": "paged caches (continuous batching)",
+        "position_bias": "position biases, which prism does not support; load the model with "
+        "another attn_implementation",
+        "block_table": "a block table, which prism does not read; set "
+        "ContinuousBatchingConfig(max_blocks_per_request=0)",
+        "cache": "continuous batching as transformers did it before 5.24; upgrade transformers",
     }
     for argument, feature in features.items():
         if kwargs.get(argument) is not None:
-            raise NotImplementedError(
-                f"prism: {type(module).__name__} uses {feature}, which prism does not support; "
-                "load the model with another attn_implementation"
-            )
-    lengths = kwargs.get("cu_seq_lens_q")
-    if lengths is not None and len(lengths) > 2 and attention_mask is None:
-        raise NotImplementedError(
-            "prism: packed sequences arrived without a mask that keeps them apart; pass "
-            "position_ids and no cache, or pad the batch"
-        )
+            raise NotImplementedError(f"prism: {type(module).__name__} uses {feature}")

@@ -186,3 +186,23 @@ def test_wrong_calls_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match=r"k has 200 tokens.*at least 300"):
         chunked.prefill(q[:, :, :200], k[:, :, :200], v[:, :, :200])
     assert chunked.length == 300
+
+
+def test_heads_with_settings_of_their_own(device: str) -> None:
+    """In one chunk, so that means and temperatures are those of a whole call."""
+    config = replace(SPARSE, top_p=(0.3, 0.6, 0.6, 0.8), dense_heads=(1,))
+    q, k, v = prompt(device)
+    _, mask = state(config, device).prefill(q, k, v, return_mask=True)
+    assert torch.equal(mask.bits, prism_cuda.select_blocks(q, k, config=config).bits)
+    density = mask.density_per_head()[0]
+    assert density[1] == 1 and (density[[0, 2, 3]] < 1).all()
+
+
+def test_settings_for_another_number_of_heads_are_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
+        state(replace(SPARSE, top_p=(0.3, 0.6, 0.6)), device).prefill(*prompt(device))
+
+
+def test_the_grid_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="estimator is 'grid'; expected 'bands'"):
+        state(replace(SPARSE, estimator="grid"), device)

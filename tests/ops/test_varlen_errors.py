@@ -95,7 +95,7 @@ WRONG += [
     ("packed", "cu_seqlens_k", "None", to(None), "cu_seqlens_k"),
     ("paged", "cu_seqlens_k", "given", to(torch.zeros(3).int()), "cu_seqlens_k.*block_table"),
     ("paged", "seqused_k", "None", to(None), "seqused_k"),
-    ("paged", "block_table", "None", to(None), r"\bk\b"),
+    ("paged", "block_table", "None", to(None), "block_table"),
     ("paged", "block_table", "int64", lambda x: x.long(), "block_table"),
     ("paged", "block_table", "1 dimension", lambda x: x[0], "block_table"),
     ("paged", "block_table", "other batch", lambda x: x[:1], "block_table"),

@@ -85,7 +85,7 @@ def test_fine_is_the_package_s_grid(name) -> None:
         one.q,
         one.k,
         config.top_p,
-        keep_above=config.threshold,
+        keep_above=config.threshold(config.top_p),
         q_block_size=128,
         k_block_size=method.k_size,
     )

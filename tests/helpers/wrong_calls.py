@@ -1,0 +1,496 @@
+"""Wrong calls of the ops: a right call with one argument changed so that it cannot be right.
+
+A new op needs one entry in OPS: how to build a right call, and what kind each argument is of. An op
+that is called in several ways has an entry for each, its name followed by the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from helpers import oracle
+from helpers.right_calls import (
+    PAGE_SIZE,
+    RIGHT,
+    Arguments,
+    Right,
+    call_of,
+    pool_append_call,
+    select_blocks_call,
+    tensors,
+    varlen_call,
+)
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Site:
+    """An argument about to be changed: the right value and the call around it."""
+
+    name: str
+    value: Any
+    arguments: Arguments
+    sizes: Right
+
+    def like(self, *shape: int) -> torch.Tensor:
+        return self.value.new_zeros(shape)
+
+
+Mutation = Callable[[Draw, Site], Any]
+
+
+def one_of(values: Callable[[Site], list[Any]]) -> Mutation:
+    return lambda draw, site: draw(st.sampled_from(values(site)))
+
+
+def drawn(strategy: st.SearchStrategy[Any]) -> Mutation:
+    return lambda draw, _: draw(strategy)
+
+
+def other_type(*values: Any) -> Mutation:
+    return drawn(st.sampled_from(values))
+
+
+# Tensors
+
+OTHER_DTYPES = (
+    torch.float64,
+    torch.int64,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+)
+
+
+def dtypes(*allowed: torch.dtype) -> Mutation:
+    """None of the allowed dtypes."""
+
+    def mutate(draw: Draw, site: Site) -> torch.Tensor:
+        wrong = {*OTHER_DTYPES, torch.float32, torch.int32, torch.float16} - set(allowed)
+        if site.value.is_cpu and torch.bfloat16 in allowed:
+            wrong.discard(torch.float32)
+        return site.value.to(draw(st.sampled_from(sorted(wrong, key=str))))
+
+    return mutate
+
+
+def other_half(_: Draw, site: Site) -> torch.Tensor:
+    """A supported dtype that the other tensors do not have."""
+    other = torch.float16 if site.value.dtype == torch.bfloat16 else torch.bfloat16
+    return site.value.to(other)
+
+
+def rank(draw: Draw, site: Site) -> torch.Tensor:
+    dims = draw(st.sampled_from([n for n in (0, 1, 2, 3, 4, 5, 6) if n != site.value.dim()]))
+    shape = draw(st.lists(st.sampled_from([1, 2, 64, 130]), min_size=dims, max_size=dims))
+    return site.value.new_zeros(()).expand(shape)
+
+
+def size(dim: int, fits: Callable[[int, Site], bool], largest: int = 1000) -> Mutation:
+    """One dimension has a size that does not fit."""
+
+    def mutate(draw: Draw, site: Site) -> torch.Tensor:
+        shape = list(site.value.shape)
+        near = st.integers(max(shape[dim] - 3, 0), shape[dim] + 3)
+        sizes = st.one_of(near, st.integers(0, largest))
+        shape[dim] = draw(sizes.filter(lambda n: n != shape[dim] and not fits(n, site)))
+        return site.like(*shape)
+
+    return mutate
+
+
+def last_stride(draw: Draw, site: Site) -> torch.Tensor:
+    """The right shape, its last stride not 1."""
+    x = site.value
+    step = draw(st.integers(0, 5).filter(lambda n: n != 1))
+    if step == 0:
+        return x[..., :1].expand(x.shape)
+    return site.like(*x.shape, step)[..., draw(st.integers(0, step - 1))]
+
+
+def transposed(draw: Draw, site: Site) -> torch.Tensor:
+    """The right shape, another dimension innermost."""
+    outer = site.value.shape[:-1]
+    dim = draw(st.sampled_from([d for d, length in enumerate(outer) if length > 1]))
+    return site.value.transpose(dim, -1).contiguous().transpose(dim, -1)
+
+
+def gaps(draw: Draw, site: Site) -> torch.Tensor:
+    """The right shape, not contiguous."""
+    assume(site.value.numel() > 1)
+    step = draw(st.integers(2, 5))
+    return site.like(*site.value.shape, step)[..., draw(st.integers(0, step - 1))]
+
+
+def on_meta(_: Draw, site: Site) -> torch.Tensor:
+    return site.value.to("meta")
+
+
+def same(n: int, _: Site) -> bool:
+    return False  # any other size is wrong
+
+
+def estimated_head_dim(n: int, _: Site) -> bool:
+    return n in (64, 128)
+
+
+def whole_groups_of_kv(n: int, site: Site) -> bool:
+    return n % site.sizes.kv_heads == 0
+
+
+def divides_q(n: int, site: Site) -> bool:
+    return n > 0 and site.sizes.q_heads % n == 0
+
+
+NOT_A_TENSOR = other_type("x", 3, 0.5, [1, 2], {}, torch.float32)
+ABSENT = one_of(lambda _: [None])
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def activation(
+    head_dim: Callable[[int, Site], bool] = estimated_head_dim, dims: int = 4
+) -> tuple[Mutation, ...]:
+    """(B, H, L, D), or other dimensions before D, on its own."""
+    return (
+        dtypes(*HALVES),
+        rank,
+        size(dims - 1, head_dim),
+        last_stride,
+        transposed,
+        NOT_A_TENSOR,
+    )
+
+
+def other_supported_head_dim(draw: Draw, site: Site) -> torch.Tensor:
+    *outer, head_dim = site.value.shape
+    return site.like(*outer, draw(st.sampled_from([d for d in (64, 128) if d != head_dim])))
+
+
+TOGETHER = (other_half, other_supported_head_dim, on_meta, ABSENT)
+ESTIMATED = (*activation(), *TOGETHER, size(0, same))
+ATTENDED = (*activation(same), *TOGETHER, size(0, same))
+PACKED = activation(same, dims=3) + TOGETHER
+PAGED = (*activation(same), *TOGETHER, size(0, same), size(1, same), size(2, same))
+Q_HEADS = size(1, whole_groups_of_kv)
+K_HEADS = size(1, divides_q)
+LIKE_K = (size(1, same), size(2, same))
+
+MEANS = (
+    dtypes(torch.float32),
+    rank,
+    size(3, estimated_head_dim),
+    other_supported_head_dim,
+    size(0, same),
+    size(2, same),
+    last_stride,
+    transposed,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
+
+MASK = (
+    dtypes(torch.int32),
+    rank,
+    size(0, same),
+    size(1, same),
+    size(2, same),
+    gaps,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
+
+# (rows,), or None
+VECTOR = (rank, size(0, same), gaps, on_meta, NOT_A_TENSOR)
+SINKS = (dtypes(torch.float32), *VECTOR)
+LENGTHS = (dtypes(torch.int32), *VECTOR)
+
+STATE = (
+    dtypes(torch.float32),
+    rank,
+    size(0, same),
+    size(1, same),
+    size(3, same),
+    gaps,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
+
+
+def given(draw: Draw, site: Site) -> torch.Tensor:
+    """A tensor where there must be none."""
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    return site.arguments["cu_seqlens_q"].new_zeros(shape)
+
+
+# Numbers
+
+NOT_INT64 = st.one_of(st.integers(2**63, 2**80), st.integers(-(2**80), -(2**63) - 1))
+INT64 = st.one_of(st.integers(-300, 300), st.integers(-(2**63), 2**63 - 1))
+NOT_AN_INT = other_type("64", None, 0.5, [64], {})
+NOT_A_FLOAT = other_type("0.5", [0.5], {}, 1j)
+
+
+def integers_but(fits: Callable[[int, Site], bool]) -> tuple[Mutation, ...]:
+    """Integers that do not fit, integers that are none of C++, and no integers."""
+
+    def mutate(draw: Draw, site: Site) -> int:
+        return draw(INT64.filter(lambda n: not fits(n, site)))
+
+    return mutate, drawn(NOT_INT64), NOT_AN_INT
+
+
+def _pair_fits(n: int, site: Site) -> bool:
+    pair = dict(site.arguments) | {site.name: n}
+    return (pair["q_block_size"], pair["k_block_size"]) in ((128, 128), (128, 64), (64, 64))
+
+
+def _length_fits(n: int, site: Site) -> bool:
+    index = "qk".index(site.name.removeprefix("max_seqlen_")[0])
+    blocks, block_size = site.sizes.block_counts()[index], site.sizes.blocks[index]
+    return n >= 0 and oracle.ceil_div(n, block_size) == blocks
+
+
+def _longest_k_fits(n: int, site: Site) -> bool:
+    words = site.arguments["bits"].shape[3]
+    table = site.arguments["block_table"]
+    return (
+        n >= 0
+        and oracle.ceil_div(oracle.ceil_div(n, site.sizes.blocks[1]), 32) == words
+        and (table is None or n <= table.shape[1] * PAGE_SIZE)
+    )
+
+
+def _pages_fit(n: int, site: Site) -> bool:
+    return n * PAGE_SIZE >= site.arguments["max_seqlen_k"]
+
+
+def _appended_fits(name: str) -> Callable[[int, Site], bool]:
+    """Whether the means have room if this size of the call is n."""
+
+    def fits(n: int, site: Site) -> bool:
+        sizes = {
+            "start": site.arguments["start"],
+            "length": site.arguments["x"].shape[2],
+            "blocks": site.arguments["means"].shape[2],
+        } | {name: n}
+        end = sizes["start"] + sizes["length"]
+        return sizes["start"] >= 0 and end <= sizes["blocks"] * site.sizes.blocks[0]
+
+    return fits
+
+
+BLOCK_SIZE = integers_but(lambda n, _: n in (64, 128))
+BLOCK_SIZE_OF_PAIR = integers_but(_pair_fits)
+LENGTH = integers_but(_length_fits)
+LONGEST_K = integers_but(_longest_k_fits)
+START = integers_but(_appended_fits("start"))
+COUNT = integers_but(lambda n, _: n >= 0)
+PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT_A_FLOAT)
+THRESHOLD = (drawn(st.floats().filter(lambda p: not 0 < p <= 1)), NOT_A_FLOAT)
+# Times log2(e) it has to be a normal float32.
+SCALE = (drawn(st.floats().filter(lambda s: not 8e-39 < s < 2.4e38)), NOT_A_FLOAT)
+# A normal float32.
+SOFTCAP = (drawn(st.floats().filter(lambda s: not 1.17e-38 < s < 3.41e38)), NOT_A_FLOAT)
+WINDOW = (drawn(st.integers(-(2**63), -1)), drawn(NOT_INT64), other_type("64", 0.5, [64], {}))
+FLAG = (other_type("yes", [True], {}),)
+
+
+def band_is_right(band: list[int], head_dim: int) -> bool:
+    starts, ends = band[0::2], band[1::2]
+    return (
+        len(starts) == len(ends) <= 8
+        and all(start < end for start, end in zip(starts, ends, strict=True))
+        and band == sorted(band)
+        and all(0 <= d <= head_dim for d in band)
+    )
+
+
+def wrong_band(draw: Draw, site: Site) -> list[int]:
+    dims = st.one_of(st.integers(-4, 132), INT64)
+    bands = st.lists(dims, max_size=20)
+    bands = st.one_of(bands, bands.map(lambda band: sorted(set(band))))
+    return draw(bands.filter(lambda band: not band_is_right(band, site.sizes.head_dim)))
+
+
+BAND = (wrong_band, other_type(None, 5, 0.5, "0", [0, 0.5], [0, "32"], [0, 2**63]))
+
+# Ops
+
+
+@dataclass(frozen=True)
+class Op:
+    """A right call of the given sizes, and the mutations of every argument."""
+
+    build: Callable[[Right, str], Arguments]
+    mutations: dict[str, tuple[Mutation, ...]]
+
+
+BLOCKS = {
+    "causal": FLAG,
+    "q_block_size": BLOCK_SIZE_OF_PAIR,
+    "k_block_size": BLOCK_SIZE_OF_PAIR,
+}
+RULES = BLOCKS | {
+    "top_p": PROBABILITY,
+    "keep_sink": COUNT,
+    "keep_recent": COUNT,
+    "keep_above": THRESHOLD,
+}
+SELECTION = RULES | {"high_band": BAND, "low_band": BAND}
+MASKED = BLOCKS | {
+    "bits": (*MASK, size(3, same)),
+    "counts": MASK,
+    "scale": SCALE,
+    "sinks": SINKS,
+    "softcap": SOFTCAP,
+    "window_left": WINDOW,
+}
+VARLEN = MASKED | {
+    "q": (*PACKED, Q_HEADS),
+    "cu_seqlens_q": (*LENGTHS, ABSENT),
+    "max_seqlen_q": LENGTH,
+    "max_seqlen_k": LONGEST_K,
+}
+
+OPS: dict[str, Op] = {
+    "block_pool": Op(
+        lambda sizes, device: {"x": tensors(sizes, device)["q"], "block_size": sizes.blocks[0]},
+        {"x": activation(), "block_size": BLOCK_SIZE},
+    ),
+    "pool_append_": Op(
+        pool_append_call,
+        {
+            "x": (
+                *activation(),
+                other_supported_head_dim,
+                size(0, same),
+                size(1, same),
+                size(2, _appended_fits("length")),
+                on_meta,
+                ABSENT,
+            ),
+            "means": (*STATE, size(2, _appended_fits("blocks"))),
+            "sums": (*STATE, size(2, same)),
+            "start": START,
+            "block_size": BLOCK_SIZE,
+        },
+    ),
+    "select_blocks": Op(
+        select_blocks_call,
+        SELECTION
+        | {
+            "q_means": (*MEANS, Q_HEADS),
+            "k_means": (*MEANS, K_HEADS),
+            "q_len": LENGTH,
+            "k_len": LENGTH,
+        },
+    ),
+    "estimate_blocks": Op(
+        call_of("q", "k", selects=True),
+        SELECTION | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS)},
+    ),
+    "estimate_grid": Op(
+        call_of("q", "k", selects=True, bands=False, attends=True),
+        RULES | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS), "scale": SCALE},
+    ),
+    "sparse_attention": Op(
+        call_of("q", "k", "v", "bits", "counts", "sinks", attends=True),
+        MASKED
+        | {
+            "q": (*ATTENDED, Q_HEADS),
+            "k": (*ATTENDED, *LIKE_K),
+            "v": (*ATTENDED, *LIKE_K),
+        },
+    ),
+    "sparse_attention_varlen packed": Op(
+        varlen_call(paged=False),
+        VARLEN
+        | {
+            "k": (*PACKED, size(0, same), size(1, same)),
+            "v": (*PACKED, size(0, same), size(1, same)),
+            "cu_seqlens_k": (*LENGTHS, ABSENT),
+            "seqused_k": LENGTHS,
+            "block_table": (given, NOT_A_TENSOR),
+        },
+    ),
+    "sparse_attention_varlen paged": Op(
+        varlen_call(paged=True),
+        VARLEN
+        | {
+            "k": PAGED,
+            "v": PAGED,
+            "cu_seqlens_k": (given, NOT_A_TENSOR),
+            "seqused_k": (*LENGTHS, ABSENT),
+            "block_table": (
+                dtypes(torch.int32),
+                rank,
+                size(0, same),
+                size(1, _pages_fit),
+                last_stride,
+                on_meta,
+                ABSENT,
+                NOT_A_TENSOR,
+            ),
+        },
+    ),
+    "prefill": Op(
+        call_of("q", "k", "v", selects=True, attends=True),
+        SELECTION
+        | {
+            "q": (*ESTIMATED, Q_HEADS),
+            "k": (*ESTIMATED, *LIKE_K),
+            "v": (*ESTIMATED, *LIKE_K),
+            "scale": SCALE,
+        },
+    ),
+}
+
+
+def op_of(name: str) -> Any:
+    """The op behind an entry of OPS."""
+    return getattr(torch.ops.prism, name.split()[0])
+
+
+def gpu_allocations() -> int:
+    """Blocks the CUDA allocator has handed out so far; 0 where it has not been used."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
+
+
+class WrongCall:
+    """Arguments of a call, one of which is wrong; shown by that one."""
+
+    def __init__(self, argument: str, arguments: Arguments) -> None:
+        self.argument = argument
+        self.arguments = arguments
+
+    def __repr__(self) -> str:
+        value = self.arguments[self.argument]
+        if isinstance(value, torch.Tensor):
+            stride = tuple(value.stride())
+            value = f"{value.dtype} {tuple(value.shape)} strides {stride} on {value.device}"
+        return f"{self.argument} = {value!s}"
+
+
+@st.composite
+def wrong_calls(draw: Draw, name: str, device: str) -> WrongCall:
+    op = OPS[name]
+    sizes = draw(st.sampled_from(RIGHT))
+    arguments = op.build(sizes, device)
+    argument = draw(st.sampled_from(sorted(op.mutations)))
+    mutate = draw(st.sampled_from(op.mutations[argument]))
+    wrong = mutate(draw, Site(argument, arguments[argument], arguments, sizes))
+    return WrongCall(argument, arguments | {argument: wrong})

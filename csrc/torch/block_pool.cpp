@@ -19,8 +19,8 @@ constexpr const char* kOp = "block_pool";
 Tensor block_pool_cuda(const Tensor& x, int64_t block_size) {
   const CudaContext context(kOp, x);
   const NvtxRange range("prism.pool");
-  Tensor means = new_empty(
-      x, {x.size(0), x.size(1), ceil_div(x.size(2), block_size), x.size(3)}, ScalarType::Float);
+  Tensor means = new_empty(x, {x.size(0), x.size(1), ceil_div(x.size(2), block_size), x.size(3)},
+                           ScalarType::Float);
   BlockPoolParams params;
   params.x = view(x);
   params.means = static_cast<float*>(means.data_ptr());

@@ -52,8 +52,7 @@ std::tuple<Tensor, Tensor> estimate_grid_cuda(const Tensor& q, const Tensor& k, 
   context.check(grid_workspace_bytes(params, &bytes));
   const Tensor bits = new_empty(
       q, {q.size(0), q.size(1), select.q_blocks, ceil_div(select.k_blocks, 32)}, ScalarType::Int);
-  const Tensor counts =
-      new_empty(q, {q.size(0), q.size(1), select.q_blocks}, ScalarType::Int);
+  const Tensor counts = new_empty(q, {q.size(0), q.size(1), select.q_blocks}, ScalarType::Int);
   const Tensor workspace = new_empty(q, {ceil_div(bytes, 4)}, ScalarType::Float);
   select.workspace = workspace.data_ptr();
   select.bits = static_cast<uint32_t*>(bits.data_ptr());

@@ -84,8 +84,7 @@ Selection make_selection(const CudaContext& context, const char* op, const char*
   int64_t workspace_bytes = 0;
   context.check(select_workspace_bytes(params, &workspace_bytes));
   Selection selection{
-      new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)},
-                               ScalarType::Int),
+      new_empty(like, {batch, q_heads, q_blocks, ceil_div(k_blocks, 32)}, ScalarType::Int),
       new_empty(like, {batch, q_heads, q_blocks}, ScalarType::Int),
       new_empty(like, {ceil_div(workspace_bytes, 4)}, ScalarType::Float), params};
   selection.params.workspace = selection.workspace.data_ptr();

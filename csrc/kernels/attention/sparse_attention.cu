@@ -79,8 +79,8 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
                    (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
   // Read at every call: benchmarks and tests run both kernels in one process.
   const bool has_sm90 = has_sm90_kernels() && std::getenv("PRISM_PORTABLE_ATTENTION") == nullptr;
-  AttentionTraits traits{
-      sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90, tma};
+  AttentionTraits traits{sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90,
+                         tma};
   traits.softcap = params.softcap > 0.f;
   traits.window = params.window_left >= 0;
   return choose_attention_kernel(traits);

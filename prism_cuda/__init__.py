@@ -8,7 +8,7 @@ from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Dispatch, dispatch, prefill, select_blocks, sparse_attention
 from prism_cuda.integrations import register, use_continuous_batching
 from prism_cuda.recording import record
-from prism_cuda.varlen import merge_attention, sparse_attention_varlen
+from prism_cuda.varlen import merge_attention, prefill_varlen, sparse_attention_varlen
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,7 @@ __all__ = [
     "dispatch",
     "merge_attention",
     "prefill",
+    "prefill_varlen",
     "record",
     "register",
     "select_blocks",

@@ -60,6 +60,7 @@ def _register_reference() -> torch.library.Library:
         "block_pool",
         "pool_append_",
         "select_blocks",
+        "estimate_blocks_varlen",
         "estimate_grid",
         "sparse_attention",
         "sparse_attention_varlen",
@@ -185,6 +186,35 @@ def _fake_estimate(
     )
 
 
+def _fake_estimate_blocks_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    high_band: list[int],
+    low_band: list[int],
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_blocks = (max_seqlen_q + q_block_size - 1) // q_block_size
+    k_blocks = (max_seqlen_k + k_block_size - 1) // k_block_size
+    rows = (cu_seqlens_q.shape[0] - 1, q.shape[1], q_blocks)
+    words = (k_blocks + WORD_BITS - 1) // WORD_BITS
+    return (
+        q.new_empty((*rows, words), dtype=torch.int32),
+        q.new_empty(rows, dtype=torch.int32),
+    )
+
+
 def _fake_estimate_grid(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -277,6 +307,7 @@ _FAKE_KERNELS: dict[str, Callable] = {
     "pool_append_": _fake_pool_append_,
     "select_blocks": _fake_select_blocks,
     "estimate_blocks": _fake_estimate_blocks,
+    "estimate_blocks_varlen": _fake_estimate_blocks_varlen,
     "estimate_grid": _fake_estimate_grid,
     "sparse_attention": _fake_sparse_attention,
     "sparse_attention_varlen": _fake_sparse_attention_varlen,

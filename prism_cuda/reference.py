@@ -423,6 +423,83 @@ def _add_sink(
     return out * share[:, None], total
 
 
+def _rows_of_sequences(cu_seqlens: torch.Tensor) -> list[slice]:
+    ends = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _keys_of_sequence(
+    x: torch.Tensor,
+    sequence: int,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+) -> torch.Tensor:
+    """(k_len, Hkv, D) of packed rows or of a pool of pages, see :func:`sparse_attention_varlen`."""
+    used = None if seqused_k is None else int(seqused_k[sequence])
+    if block_table is not None and used is not None:
+        pages = block_table[sequence, : -(-used // x.shape[1])].long()
+        return x[pages].flatten(0, 1)[:used]
+    assert cu_seqlens_k is not None
+    return x[_rows_of_sequences(cu_seqlens_k)[sequence]][:used]
+
+
+def estimate_blocks_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    high_band: list[int],
+    low_band: list[int],
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`block_pool` and :func:`select_blocks` of every sequence of a ragged batch by itself.
+
+    Args:
+        q: (total_q, Hq, D). k: packed or in pages, see :func:`sparse_attention_varlen`.
+
+    Returns:
+        bits int32 (B, Hq, Nq, words) and counts int32 (B, Hq, Nq) for the blocks of max_seqlen_q
+        and max_seqlen_k; 0 past a sequence's end.
+    """
+    rows_of = _rows_of_sequences(cu_seqlens_q)
+    q_blocks, k_blocks = -(-max_seqlen_q // q_block_size), -(-max_seqlen_k // k_block_size)
+    counts = torch.zeros(len(rows_of), q.shape[1], q_blocks, dtype=torch.int32, device=q.device)
+    bits = counts.new_zeros(*counts.shape, -(-k_blocks // _bits.WORD_BITS))
+    for b, rows in enumerate(rows_of):
+        queries = q[rows].transpose(0, 1)[None]
+        keys = _keys_of_sequence(k, b, cu_seqlens_k, seqused_k, block_table).transpose(0, 1)[None]
+        of_sequence, of_sequence_counts = select_blocks(
+            block_pool(queries, q_block_size),
+            block_pool(keys, k_block_size),
+            queries.shape[2],
+            keys.shape[2],
+            high_band,
+            low_band,
+            top_p,
+            keep_sink,
+            keep_recent,
+            keep_above,
+            causal,
+            q_block_size,
+            k_block_size,
+        )
+        own_blocks, words = of_sequence.shape[2:]
+        bits[b, :, :own_blocks, :words] = of_sequence[0]
+        counts[b, :, :own_blocks] = of_sequence_counts[0]
+    return bits, counts
+
+
 def sparse_attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -461,18 +538,11 @@ def sparse_attention_varlen(
     lse = torch.full(
         (q_heads, total_q), -math.inf, dtype=_accumulate_dtype(q.dtype), device=q.device
     )
-    q_ends = cu_seqlens_q.tolist()
-    k_ends = None if cu_seqlens_k is None else cu_seqlens_k.tolist()
-    used = None if seqused_k is None else seqused_k.tolist()
-    for b, (start, end) in enumerate(zip(q_ends, q_ends[1:], strict=False)):
-        rows = slice(start, end)
-        if block_table is not None and used is not None:
-            pages = block_table[b, : -(-used[b] // k.shape[1])].long()
-            keys, values = (x[pages].flatten(0, 1)[: used[b]] for x in (k, v))
-        elif k_ends is not None:
-            k_end = k_ends[b + 1] if used is None else min(k_ends[b + 1], k_ends[b] + used[b])
-            keys, values = (x[k_ends[b] : k_end] for x in (k, v))
-        q_blocks = -(-(end - start) // q_block_size)
+    for b, rows in enumerate(_rows_of_sequences(cu_seqlens_q)):
+        keys, values = (
+            _keys_of_sequence(x, b, cu_seqlens_k, seqused_k, block_table) for x in (k, v)
+        )
+        q_blocks = -(-(rows.stop - rows.start) // q_block_size)
         words = -(-len(keys) // (k_block_size * _bits.WORD_BITS))
         of_sequence, of_sequence_lse = sparse_attention(
             q[rows].transpose(0, 1)[None],

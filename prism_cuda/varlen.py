@@ -1,10 +1,11 @@
-"""Attention of ragged batches, packed or in pages, and of parts that were computed apart."""
+"""Prefill and attention of ragged batches, packed or in pages, and of parts computed apart."""
 
 from __future__ import annotations
 
 import torch
 
 from prism_cuda import _ops
+from prism_cuda.config import PrismConfig
 
 
 def sparse_attention_varlen(
@@ -94,6 +95,70 @@ def sparse_attention_varlen(
         window_left,
     )
     return (out, lse) if return_lse else out
+
+
+def prefill_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    cu_seqlens_k: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    config: PrismConfig | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+    return_mask: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Estimate the blocks of every sequence of a ragged batch by bands, and attend to those.
+
+    The host needs no lengths and nothing here waits for them: a captured CUDA graph follows lengths
+    and pages. So no sequence is sent to dense attention: config.dense_below is not looked at. Every
+    sequence keeps the blocks that it would keep by itself.
+
+    Args:
+        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128.
+        k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table: as for
+            :func:`sparse_attention_varlen`.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
+            max_seqlen_k is at most 16,384 blocks. Memory grows with their product, time hardly.
+        config: settings; its estimator must be "bands".
+        scale: softmax scale; D ** -0.5 if None.
+        causal: row i of a sequence sees keys up to i + (k_len - q_len).
+        return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
+        return_mask: also return the kept blocks, bits and counts as
+            :func:`sparse_attention_varlen` takes them; 0 past a sequence's end.
+
+    Returns:
+        out like q, or (out[, lse][, bits, counts]). A row that sees no key gets out 0 and lse -inf.
+        Rows of q that belong to no sequence are left unwritten.
+
+    Raises:
+        ImportError: if the ops library is not built.
+        RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
+        ValueError: if the config's estimator is not "bands".
+    """
+    config = config or PrismConfig()
+    if config.estimator != "bands":
+        raise ValueError(
+            f"prefill_varlen: config.estimator is {config.estimator!r}; expected 'bands'"
+        )
+    _ops.load()
+    high, low = config.resolve_bands(q.shape[-1]).ranges
+    where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
+    rules = (config.top_p, config.keep_sink, config.keep_recent, config.threshold)
+    bits, counts = torch.ops.prism.estimate_blocks_varlen(
+        q, k, *where, high, low, *rules, causal, *config.block_sizes
+    )
+    out, lse = torch.ops.prism.sparse_attention_varlen(
+        q, k, v, bits, counts, *where, scale, causal, *config.block_sizes
+    )
+    extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])
+    return (out, *extras) if extras else out
 
 
 def merge_attention(

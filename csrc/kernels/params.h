@@ -60,48 +60,6 @@ struct Band {
   int size = 0;  // number of dimensions; 0: the band takes no part
 };
 
-struct SelectBlocksParams {
-  TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
-  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
-  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
-  uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
-  int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
-  int64_t batch;
-  int q_heads;
-  int kv_heads;
-  int64_t q_len;  // tokens
-  int64_t k_len;  // tokens
-  int64_t q_blocks;
-  int64_t k_blocks;
-  int head_dim;
-  int q_block_size;  // tokens
-  int k_block_size;  // tokens
-  Band high;
-  Band low;
-  double top_p;       // in [0, 1]
-  double keep_above;  // in (0, 1], or infinite: the rule is off
-  int64_t keep_sink;
-  int64_t keep_recent;
-  bool causal;
-};
-
-// Pools q and k in one launch: q's means for select.q_means, k's straight into its workspace.
-struct EstimatePoolParams {
-  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
-  SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
-  DType dtype;
-};
-
-// Selection from the masses of a grid of cells, see kernels/grid.
-struct EstimateGridParams {
-  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
-  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
-  float scale;                // softmax scale, > 0
-  DType dtype;
-};
-
 // Sequences of different lengths in one call. Lengths and pages are read by the kernels only.
 struct RaggedBatch {
   const int32_t* cu_seqlens_q = nullptr;  // (batch + 1); null: the batch is not ragged
@@ -117,6 +75,50 @@ struct RaggedBatch {
   PRISM_HOST_DEVICE bool is_ragged() const { return cu_seqlens_q != nullptr; }
   PRISM_HOST_DEVICE bool is_paged() const { return block_table != nullptr; }
   PRISM_HOST_DEVICE int page_size() const { return 1 << page_shift; }
+};
+
+struct SelectBlocksParams {
+  TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
+  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
+  uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
+  int64_t batch;
+  int q_heads;
+  int kv_heads;
+  int64_t q_len;  // tokens; of a ragged batch the most that a sequence has
+  int64_t k_len;  // tokens; of a ragged batch the most that a sequence has
+  int64_t q_blocks;
+  int64_t k_blocks;
+  int head_dim;
+  int q_block_size;  // tokens
+  int k_block_size;  // tokens
+  Band high;
+  Band low;
+  double top_p;       // in [0, 1]
+  double keep_above;  // in (0, 1], or infinite: the rule is off
+  int64_t keep_sink;
+  int64_t keep_recent;
+  bool causal;
+  RaggedBatch ragged;  // means and key blocks past a sequence's end are neither written nor read
+};
+
+// Pools q and k in one launch: q's means for select.q_means, k's straight into its workspace. Of a
+// ragged batch, q and k are laid out as for attention.
+struct EstimatePoolParams {
+  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
+  DType dtype;
+};
+
+// Selection from the masses of a grid of cells, see kernels/grid.
+struct EstimateGridParams {
+  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
+  float scale;                // softmax scale, > 0
+  DType dtype;
 };
 
 // Of a ragged batch, q and out are (q_heads, total_q, head_dim), without a batch stride, and so are

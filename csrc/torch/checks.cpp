@@ -70,8 +70,8 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_estimated(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.size(3) == 64 || tensor.size(3) == kMaxHeadDim, op, name, " has head_dim ",
-              tensor.size(3), " (shape ", shape_string(tensor),
+  PRISM_CHECK(tensor.size(tensor.dim() - 1) == 64 || tensor.size(tensor.dim() - 1) == kMaxHeadDim, op, name, " has head_dim ",
+              tensor.size(tensor.dim() - 1), " (shape ", shape_string(tensor),
               "); blocks are estimated at 64, 128 only");
 }
 

@@ -22,7 +22,8 @@ std::tuple<Tensor, Tensor> estimate_blocks_cuda(const Tensor& q, const Tensor& k
                                                 const SelectionSettings& settings) {
   const CudaContext context(kOp, q);
   const NvtxRange range("prism.estimate");
-  Selection selection = make_selection(context, kOp, "k", q, q.size(1), k.size(1), settings);
+  Selection selection =
+      make_selection(context, kOp, "k", q, {q.size(0), q.size(1), k.size(1), q.size(3)}, settings);
   const Tensor q_means =
       new_empty(q, {q.size(0), q.size(1), ceil_div(q.size(2), settings.q_block_size), q.size(3)},
                 ScalarType::Float);

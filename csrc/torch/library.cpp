@@ -19,6 +19,12 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
   m.def(
+      "estimate_blocks_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+      "int[] high_band, int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, "
+      "float? keep_above=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
+      "-> (Tensor bits, Tensor counts)");
+  m.def(
       "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
       "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
@@ -51,6 +57,7 @@ static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("pool_append_", TORCH_BOX(&prism::pool_append_));
   m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
+  m.impl("estimate_blocks_varlen", TORCH_BOX(&prism::estimate_blocks_varlen));
   m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
   m.impl("sparse_attention_varlen", TORCH_BOX(&prism::sparse_attention_varlen));

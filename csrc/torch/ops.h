@@ -34,6 +34,15 @@ std::tuple<Tensor, Tensor> estimate_blocks(const Tensor& q, const Tensor& k,
                                            std::optional<double> keep_above, bool causal,
                                            int64_t q_block_size, int64_t k_block_size);
 
+// The same for sequences of different lengths, packed or in pages.
+std::tuple<Tensor, Tensor> estimate_blocks_varlen(
+    const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    const std::vector<int64_t>& high_band, const std::vector<int64_t>& low_band, double top_p,
+    int64_t keep_sink, int64_t keep_recent, std::optional<double> keep_above, bool causal,
+    int64_t q_block_size, int64_t k_block_size);
+
 // Blocks by the masses of a grid of 16 x 16 tokens over the full width of the heads.
 std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, double top_p,
                                          int64_t keep_sink, int64_t keep_recent,

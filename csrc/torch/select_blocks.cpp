@@ -42,8 +42,9 @@ std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tenso
                                               const SelectionSettings& settings) {
   const CudaContext context(kOp, q_means);
   const NvtxRange range("prism.select");
-  Selection selection =
-      make_selection(context, kOp, "k_means", q_means, q_means.size(1), k_means.size(1), settings);
+  Selection selection = make_selection(
+      context, kOp, "k_means", q_means,
+      {q_means.size(0), q_means.size(1), k_means.size(1), q_means.size(3)}, settings);
   selection.params.q_means = view(q_means);
   selection.params.k_means = view(k_means);
   context.check(launch_prepare_means(selection.params, context.stream()));
@@ -56,9 +57,9 @@ std::tuple<Tensor, Tensor> select_blocks_cuda(const Tensor& q_means, const Tenso
 
 #ifdef PRISM_WITH_CUDA
 Selection make_selection(const CudaContext& context, const char* op, const char* keys,
-                         const Tensor& like, int64_t q_heads, int64_t kv_heads,
+                         const Tensor& like, const SelectionShape& shape,
                          const SelectionSettings& settings) {
-  const int64_t batch = like.size(0);
+  const auto [batch, q_heads, kv_heads, head_dim] = shape;
   const int64_t q_blocks = ceil_div(settings.q_len, settings.q_block_size);
   const int64_t k_blocks = ceil_div(settings.k_len, settings.k_block_size);
   PRISM_CHECK(k_blocks <= kMaxSelectKeyBlocks, op, keys, " has ", k_blocks,
@@ -71,7 +72,7 @@ Selection make_selection(const CudaContext& context, const char* op, const char*
   params.k_len = settings.k_len;
   params.q_blocks = q_blocks;
   params.k_blocks = k_blocks;
-  params.head_dim = static_cast<int>(like.size(3));
+  params.head_dim = static_cast<int>(head_dim);
   params.q_block_size = static_cast<int>(settings.q_block_size);
   params.k_block_size = static_cast<int>(settings.k_block_size);
   params.high = settings.bands.high;

@@ -24,6 +24,13 @@ struct SelectionSettings {
 
 #ifdef PRISM_WITH_CUDA
 
+struct SelectionShape {
+  int64_t batch;
+  int64_t q_heads;
+  int64_t kv_heads;
+  int64_t head_dim;
+};
+
 struct Selection {
   Tensor bits;
   Tensor counts;
@@ -34,7 +41,7 @@ struct Selection {
 // Allocates beside `like`, on the context's device. The views of the means are left for the caller
 // to set. `keys` names the tensor that may be too long.
 Selection make_selection(const CudaContext& context, const char* op, const char* keys,
-                         const Tensor& like, int64_t q_heads, int64_t kv_heads,
+                         const Tensor& like, const SelectionShape& shape,
                          const SelectionSettings& settings);
 
 #endif  // PRISM_WITH_CUDA

@@ -21,6 +21,7 @@ OPS = (
     "block_pool",
     "select_blocks",
     "estimate_blocks",
+    "estimate_blocks_varlen",
     "estimate_grid",
     "sparse_attention",
     "sparse_attention_varlen",
@@ -56,14 +57,16 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return attention.op_arguments(), attention.settings
     if name == "estimate_grid":
         return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
-    if name == "sparse_attention_varlen":
+    if name in ("sparse_attention_varlen", "estimate_blocks_varlen"):
         ragged = ragged_inputs(
             RaggedCase("sample", lengths=((70, 200), (0, 3), (130, 130)), page_size=16, sinks=True),
             torch.bfloat16,
             device,
         ).op_arguments()
-        schema = [argument.name for argument in op(name)._schema.arguments]
-        return tuple(ragged[argument] for argument in schema), {}
+        if name == "estimate_blocks_varlen":
+            ragged |= {"high_band": HIGH, "low_band": LOW, "top_p": 0.9}
+        schema = [a.name for a in op(name)._schema.arguments if a.name in ragged]
+        return tuple(ragged[a] for a in schema[:11]), {a: ragged[a] for a in schema[11:]}
     tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
     return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
@@ -117,8 +120,8 @@ def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> No
 def test_meta_tensors_of_zero_length(name: str) -> None:
     q, k = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 0, 64, device="meta")
     bits = torch.empty(2, 4, 0, 0, device="meta", dtype=torch.int32)
+    ends = bits.new_empty(3)
     if name == "sparse_attention_varlen":
-        ends = bits.new_empty(3)
         packed = torch.ops.prism.sparse_attention_varlen(
             q[0].transpose(0, 1), k[0].transpose(0, 1), k[0].transpose(0, 1), bits, bits[..., 0:0],
             ends, ends, None, None, 0, 0,
@@ -129,6 +132,9 @@ def test_meta_tensors_of_zero_length(name: str) -> None:
         "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
         "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
         "estimate_blocks": lambda: torch.ops.prism.estimate_blocks(q, k, HIGH, LOW, 0.9),
+        "estimate_blocks_varlen": lambda: torch.ops.prism.estimate_blocks_varlen(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, HIGH, LOW, 0.9
+        ),
         "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
         "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
         "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),

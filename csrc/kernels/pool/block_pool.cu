@@ -1,8 +1,11 @@
+#include <algorithm>
+
 #include "kernels/describe.h"
 #include "kernels/launch.h"
 #include "kernels/pool/block_pool.h"
 #include "kernels/pool/emit_means.cuh"
 #include "kernels/pool/load_rows.cuh"
+#include "kernels/select/lengths.cuh"
 
 namespace prism {
 
@@ -11,17 +14,29 @@ namespace {
 constexpr int kThreads = 32 * kEmitWarps;
 
 // CTAs of a multiprocessor. With eight loads a thread in flight, 6 cover its bandwidth.
-constexpr int min_ctas(bool estimate) { return estimate ? 6 : 8; }
+constexpr int min_ctas(bool estimate, bool ragged) { return ragged ? 5 : estimate ? 6 : 8; }
 
-// One tensor to pool; a CTA takes `chunk` consecutive blocks of one head.
-struct PoolTask {
-  TensorView x;
-  float* means;  // (batch, heads, blocks, head_dim), contiguous; nullptr: not wanted
-  int64_t heads;
+// The tokens of a head; a CTA takes `chunk` consecutive blocks of them.
+struct PoolShape {
   int64_t length;
   int64_t blocks;
   int64_t chunk;
   int64_t chunks;  // of one head
+};
+
+__host__ __device__ inline PoolShape energy_shape(int64_t length, int block_size) {
+  const int64_t blocks = (length + block_size - 1) / block_size;
+  const EnergyChunks chunks(blocks);
+  return {length, blocks, chunks.size, chunks.count};
+}
+
+// One tensor to pool.
+struct PoolTask {
+  TensorView x;
+  float* means;  // (batch, heads, blocks, head_dim), contiguous; nullptr: not wanted
+  int64_t heads;
+  int64_t ctas;     // of one head
+  PoolShape shape;  // of a ragged batch that of the longest sequence
   int block_size;
   bool is_key;
 };
@@ -32,22 +47,33 @@ struct PoolArguments {
   SelectBlocksParams select;  // what kEstimate fills the workspace of
 };
 
-PoolTask make_task(const TensorView& x, float* means, int64_t heads, int64_t length,
-                   int block_size) {
-  const int64_t blocks = (length + block_size - 1) / block_size;
-  return {x, means, heads, length, blocks, /*chunk=*/1, /*chunks=*/blocks, block_size, false};
-}
+// What a CTA reads of a sequence: shape, and where its rows lie.
+struct PoolSource {
+  PoolShape shape;
+  int64_t offset;  // of the first row, in elements; of pages 0
+  bool paged;
+};
 
-void use_energy_chunks(PoolTask& task) {
-  const EnergyChunks chunks(task.blocks);
-  task.chunk = chunks.size;
-  task.chunks = chunks.count;
+template <bool kRagged>
+__device__ PoolSource find_source(const PoolArguments& arguments, const PoolTask& task,
+                                  int64_t batch) {
+  if constexpr (kRagged) {
+    const RaggedBatch& ragged = arguments.select.ragged;
+    const int longest = static_cast<int>(task.shape.length);
+    const int sequence = static_cast<int>(batch);
+    const Span span =
+        task.is_key ? k_span(ragged, sequence, longest) : q_span(ragged, sequence, longest);
+    return {energy_shape(span.length, task.block_size), span.start * task.x.row_stride,
+            task.is_key && ragged.is_paged()};
+  } else {
+    return {task.shape, batch * task.x.batch_stride, false};
+  }
 }
 
 // kHeadDim / 8 threads span a row, the others take rows in parallel. Their partial sums meet in
 // shared memory, where the warps finish blocks in turn while the others load the next block.
-template <typename Element, int kHeadDim, bool kAligned, bool kEstimate>
-__global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
+template <typename Element, int kHeadDim, bool kAligned, bool kEstimate, bool kRagged>
+__global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
     block_pool_kernel(const __grid_constant__ PoolArguments arguments) {
   constexpr int kRowThreads = kHeadDim / kVector;
   constexpr int kRowGroups = kThreads / kRowThreads;
@@ -57,35 +83,53 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
   const bool second = blockIdx.x >= arguments.first_grid;
   const PoolTask& task = arguments.tasks[second];
   const int64_t index = blockIdx.x - (second ? arguments.first_grid : 0);
-  const int64_t chunk = index % task.chunks;
-  const int64_t head = index / task.chunks;  // over the batch
-  const int64_t first_block = chunk * task.chunk;
-  const int64_t end_block = min(first_block + task.chunk, task.blocks);
+  const int64_t chunk = index % task.ctas;
+  const int64_t head = index / task.ctas;  // over the batch
+  if (kEstimate && blockIdx.x == 0 && threadIdx.x == 0) {
+    *SelectWorkspace(arguments.select).tile_counter = 0;
+  }
+  const PoolSource from = find_source<kRagged>(arguments, task, head / task.heads);
+  const PoolShape& shape = from.shape;
+  if (kRagged && chunk >= shape.chunks) {
+    return;
+  }
+  const int64_t first_block = chunk * shape.chunk;
+  const int64_t end_block = min(first_block + shape.chunk, shape.blocks);
   const int lane = threadIdx.x % kRowThreads;
   const int group = threadIdx.x / kRowThreads;
   const int warp = threadIdx.x / 32;
   const int dim = static_cast<int>(threadIdx.x % 32) * 4;  // of the mean that this lane finishes
-  const Element* source = static_cast<const Element*>(task.x.data) +
-                          head / task.heads * task.x.batch_stride +
+  const Element* source = static_cast<const Element*>(task.x.data) + from.offset +
                           head % task.heads * task.x.head_stride + lane * kVector;
   EnergySums energies;
-  if (kEstimate && blockIdx.x == 0 && threadIdx.x == 0) {
-    *SelectWorkspace(arguments.select).tile_counter = 0;
-  }
   for (int64_t block = first_block; block < end_block; ++block) {
     const int buffer = static_cast<int>(block - first_block) % 2;
     const int64_t first_row = block * task.block_size;
-    const int rows = static_cast<int>(min(task.length - first_row, int64_t{task.block_size}));
-    const Element* row_source = source + first_row * task.x.row_stride;
+    const int rows = static_cast<int>(min(shape.length - first_row, int64_t{task.block_size}));
     float sum[kVector] = {};
+    const auto add_rows = [&](auto address_of) {
     // As many loads in flight as a thread has rows in the smallest block.
 #pragma unroll kHeadDim / 16
-    for (int row = group; row < rows; row += kRowGroups) {
-      const Pack<Element> pack = load<Element, kAligned>(row_source + row * task.x.row_stride);
+      for (int row = group; row < rows; row += kRowGroups) {
+        const Pack<Element> pack = load<Element, kAligned>(address_of(row));
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        sum[i] += to_float(pack.element[i]);
+        for (int i = 0; i < kVector; ++i) {
+          sum[i] += to_float(pack.element[i]);
+        }
       }
+    };
+    if (kRagged && from.paged) {
+      const RaggedBatch& ragged = arguments.select.ragged;
+      const int sequence = static_cast<int>(head / task.heads);
+      const int first_key = static_cast<int>(first_row);
+      add_rows([&](int row) {
+        const int key = first_key + row;
+        return source + page_of(ragged, sequence, key) * task.x.batch_stride +
+               (key & (ragged.page_size() - 1)) * task.x.row_stride;
+      });
+    } else {
+      const Element* row_source = source + first_row * task.x.row_stride;
+      add_rows([&](int row) { return row_source + row * task.x.row_stride; });
     }
     partial[buffer][group][lane * 2] = {sum[0], sum[1], sum[2], sum[3]};
     partial[buffer][group][lane * 2 + 1] = {sum[4], sum[5], sum[6], sum[7]};
@@ -102,8 +146,8 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
         const float count = static_cast<float>(rows);
         mean = {mean.x / count, mean.y / count, mean.z / count, mean.w / count};
         if (task.means != nullptr) {
-          *reinterpret_cast<float4*>(task.means + (head * task.blocks + block) * kHeadDim + dim) =
-              mean;
+          *reinterpret_cast<float4*>(task.means + (head * task.shape.blocks + block) * kHeadDim +
+                                     dim) = mean;
         }
       }
       if constexpr (kEstimate) {
@@ -123,20 +167,20 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate))
     const int64_t energy_head = head / task.heads * all_heads + head % task.heads +
                                 (task.is_key ? arguments.select.q_heads : 0);
     energies.store(workspace.head_energies(energy_head), static_cast<int>(chunk),
-                   static_cast<int>(task.chunks));
-    if (task.is_key && chunk + 1 == task.chunks && warp == 0) {
-      pad_key_tiles<kHeadDim>(workspace, head, task.blocks, dim / 4);
+                   static_cast<int>(shape.chunks));
+    if (task.is_key && chunk + 1 == shape.chunks && warp == 0) {
+      pad_key_tiles<kHeadDim>(workspace, head, shape.blocks, dim / 4);
     }
   }
 }
 
-template <bool kEstimate>
+template <bool kEstimate, bool kRagged>
 cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType dtype,
                    cudaStream_t stream) {
   const PoolTask& first = arguments.tasks[0];
   const PoolTask& second = arguments.tasks[1];
-  arguments.first_grid = batch * first.heads * first.chunks;
-  const int64_t grid = arguments.first_grid + batch * second.heads * second.chunks;
+  arguments.first_grid = batch * first.heads * first.ctas;
+  const int64_t grid = arguments.first_grid + batch * second.heads * second.ctas;
   if (grid == 0) {
     return cudaSuccess;
   }
@@ -145,8 +189,8 @@ cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType d
   const auto launch_as = [&](auto element, auto dim) {
     using Element = decltype(element);
     constexpr int kHeadDim = decltype(dim)::value;
-    const auto kernel = aligned ? block_pool_kernel<Element, kHeadDim, true, kEstimate>
-                                : block_pool_kernel<Element, kHeadDim, false, kEstimate>;
+    const auto kernel = aligned ? block_pool_kernel<Element, kHeadDim, true, kEstimate, kRagged>
+                                : block_pool_kernel<Element, kHeadDim, false, kEstimate, kRagged>;
     return launch_kernel(kernel, shape, stream, arguments);
   };
   const auto launch_head_dim = [&](auto element) {
@@ -166,32 +210,45 @@ template <typename Element, int kHeadDim>
 void describe(std::vector<KernelInfo>& kernels, const std::string& element) {
   const std::string suffix = element + ", d" + std::to_string(kHeadDim) + ">";
   describe_kernel(kernels, "block_pool<" + suffix, "one block of tokens",
-                  block_pool_kernel<Element, kHeadDim, true, false>, kThreads, 0);
+                  block_pool_kernel<Element, kHeadDim, true, false, false>, kThreads, 0);
   describe_kernel(kernels, "estimate_pool<" + suffix, "a chunk of blocks of q or k",
-                  block_pool_kernel<Element, kHeadDim, true, true>, kThreads, 0);
+                  block_pool_kernel<Element, kHeadDim, true, true, false>, kThreads, 0);
+  describe_kernel(kernels, "estimate_pool_ragged<" + suffix, "a chunk of blocks of q or k",
+                  block_pool_kernel<Element, kHeadDim, true, true, true>, kThreads, 0);
 }
 
 }  // namespace
 
 cudaError_t launch_block_pool(const BlockPoolParams& params, cudaStream_t stream) {
+  const int64_t blocks = (params.length + params.block_size - 1) / params.block_size;
   PoolArguments arguments = {};
-  arguments.tasks[0] =
-      make_task(params.x, params.means, params.heads, params.length, params.block_size);
-  return launch<false>(arguments, params.batch, params.head_dim, params.dtype, stream);
+  arguments.tasks[0] = {params.x,          params.means,
+                        params.heads,
+                        /*ctas=*/blocks,   {params.length, blocks, /*chunk=*/1, /*chunks=*/blocks},
+                        params.block_size,
+                        /*is_key=*/false};
+  return launch<false, false>(arguments, params.batch, params.head_dim, params.dtype, stream);
 }
 
 cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t stream) {
   const SelectBlocksParams& select = params.select;
+  const bool ragged = select.ragged.is_ragged();
+  const auto make_task = [&](const TensorView& x, float* means, int64_t heads, int64_t length,
+                             int block_size, bool is_key) {
+    const PoolShape shape = energy_shape(length, block_size);
+    // A shorter sequence may have more chunks.
+    const int64_t ctas = ragged ? std::min<int64_t>(shape.blocks, kMaxEnergyChunks) : shape.chunks;
+    return PoolTask{x, means, heads, ctas, shape, block_size, is_key};
+  };
   PoolArguments arguments = {};
   arguments.select = select;
   arguments.tasks[0] = make_task(params.q, static_cast<float*>(select.q_means.data), select.q_heads,
-                                 select.q_len, select.q_block_size);
+                                 select.q_len, select.q_block_size, false);
   arguments.tasks[1] =
-      make_task(params.k, nullptr, select.kv_heads, select.k_len, select.k_block_size);
-  arguments.tasks[1].is_key = true;
-  use_energy_chunks(arguments.tasks[0]);
-  use_energy_chunks(arguments.tasks[1]);
-  return launch<true>(arguments, select.batch, select.head_dim, params.dtype, stream);
+      make_task(params.k, nullptr, select.kv_heads, select.k_len, select.k_block_size, true);
+  return ragged
+             ? launch<true, true>(arguments, select.batch, select.head_dim, params.dtype, stream)
+             : launch<true, false>(arguments, select.batch, select.head_dim, params.dtype, stream);
 }
 
 void describe_block_pool(std::vector<KernelInfo>& kernels) {

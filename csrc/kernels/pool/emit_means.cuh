@@ -71,10 +71,11 @@ __device__ void write_key_tile(const SelectWorkspace& workspace, int64_t head, i
   }
 }
 
+// Fills the last mask word of a head that has `blocks` key blocks.
 template <int kHeadDim>
 __device__ void pad_key_tiles(const SelectWorkspace& workspace, int64_t head, int64_t blocks,
                               int lane) {
-  for (int64_t block = blocks; block < workspace.padded_keys; ++block) {
+  for (int64_t block = blocks; block % kKeyPadding != 0; ++block) {
     write_key_tile<kHeadDim>(workspace, head, block, float4{0.f, 0.f, 0.f, 0.f}, lane);
   }
 }

@@ -90,6 +90,10 @@ class LongRows {
   }
 
   __device__ void run_tile() {
+    rows_.tile.template clear_padding<Shape::kWarps>(params_);
+    if (rows_.tile.rows == 0) {
+      return;
+    }
     rows_.set_up(params_);
     __syncthreads();
     if (rows_.tile.scored_words == 0) {
@@ -164,11 +168,11 @@ class LongRows {
     const int first_key = team.index() * part_words * 32;
 #pragma unroll 1
     for (int row = team.group(); row < rows_.tile.rows; row += Shape::kWarps / size) {
-      const int visible = rows_.visible[row];
+      const int visible = rows_.range[row].visible;
       const int part = min(visible - first_key, part_words * 32);
       using Row = WarpRow<kValues, Team>;
       uint32_t kept[Row::kWords];
-      if (visible > 0 && rows_.keep_all[band][row] == 0) {
+      if (visible > 0 && !rows_.keep_all[band][row]) {
         const float* source = scores(row) + first_key + lane();
         Row::select([&](int i) { return __ldcg(source + i); }, part, visible,
                     rows_.scale[band][row], shared_.rules, team, kept);
@@ -188,7 +192,7 @@ class LongRows {
                             const uint32_t (&kept)[kWords]) const {
     const bool first_band = band == rows_.tile.first_band();
     const int first_word = team.index() * part_words;
-    const RowRange range = row_range(params_, rows_.tile.q_block(row));
+    const RowRange range = rows_.range[row];
     uint32_t* target = rows_.tile.row_words(params_, row);
     uint32_t count = 0;
 #pragma unroll
@@ -224,10 +228,10 @@ class LongRows {
     for (int row = warp(); row < rows_.tile.rows; row += Shape::kWarps) {
       uint32_t* target = rows_.tile.row_words(params_, row);
       for (int word = lane(); word < words(); word += 32) {
-        target[word] = range_bits(word, 0, rows_.visible[row]);
+        target[word] = range_bits(word, 0, rows_.range[row].visible);
       }
       if (lane() == 0) {
-        *rows_.tile.row_count(params_, row) = rows_.visible[row];
+        *rows_.tile.row_count(params_, row) = rows_.range[row].visible;
       }
     }
   }

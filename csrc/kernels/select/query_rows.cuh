@@ -14,13 +14,15 @@ constexpr int kRowLanes = 16;  // the half warp that prepares a row
 struct RowTile {
   int first;                // row of the kv head
   int kv_head;              // over the batch
-  int rows;                 // that exist
+  int rows;                 // that exist; of a ragged batch there may be none
+  int padded_rows;          // with those past a sequence's end, which keep nothing
   int group;                // query heads of a kv head
   int scored_words;         // mask words of keys that some row sees; 0: all are kept, unscored
   const uint4* head_tiles;  // of the kv head
   uint32_t slices[2];       // of 16 dimensions that hold any of the high, the low band
+  Lengths lengths;          // of the sequence
 
-  // Tiles of kRows rows that a kv head has.
+  // Tiles of kRows rows that a kv head has, padded.
   template <int kRows>
   __device__ static int count(const SelectBlocksParams& params) {
     const int rows = params.q_heads / params.kv_heads * static_cast<int>(params.q_blocks);
@@ -31,18 +33,23 @@ struct RowTile {
   template <int kHeadDim, int kRows>
   __device__ static RowTile make(const SelectBlocksParams& params, int kv_head, int index) {
     const int group = params.q_heads / params.kv_heads;
-    const int rows = group * static_cast<int>(params.q_blocks);
+    const Lengths lengths = Lengths::of(params, kv_head / params.kv_heads);
     const int first = (count<kRows>(params) - 1 - index) * kRows;
-    const int last = min(first + kRows, rows) - 1;
+    const int rows = min(group * lengths.q_blocks - first, kRows);
+    const int padded_rows = min(group * static_cast<int>(params.q_blocks) - first, kRows);
+    const int last_block = (first + rows - 1) / group;
+    const bool scored = params.top_p < 1.0 && rows > 0;
     const SelectWorkspace workspace(params);
     return {first,
             kv_head,
-            last - first + 1,
+            max(rows, 0),
+            padded_rows,
             group,
-            params.top_p < 1.0 ? (row_range(params, last / group).visible + 31) / 32 : 0,
+            scored ? (row_range(params, lengths, last_block).visible + 31) / 32 : 0,
             workspace.key_tiles +
                 kv_head * (workspace.padded_keys / kKeyTile) * (kHeadDim / kDimSlice * 32),
-            {band_slices(params.high), band_slices(params.low)}};
+            {band_slices(params.high), band_slices(params.low)},
+            lengths};
   }
 
   // Query head over the batch, and query block.
@@ -55,11 +62,11 @@ struct RowTile {
     const SelectWorkspace workspace(params);
     const int batch = kv_head / params.kv_heads;
     const HeadEnergies q(workspace.head_energies(q_head(row) + batch * params.kv_heads),
-                         EnergyChunks(params.q_blocks).count);
+                         EnergyChunks(lengths.q_blocks).count);
     const HeadEnergies k(workspace.head_energies(kv_head + (batch + 1) * params.q_heads),
-                         EnergyChunks(params.k_blocks).count);
-    return {kLog2E * logit_scale(params, q, k, kHighEnergy, params.high.size),
-            kLog2E * logit_scale(params, q, k, kLowEnergy, params.low.size)};
+                         EnergyChunks(lengths.k_blocks).count);
+    return {kLog2E * logit_scale(params, lengths, q, k, kHighEnergy, params.high.size),
+            kLog2E * logit_scale(params, lengths, q, k, kLowEnergy, params.low.size)};
   }
 
   // Scales and splits a row's dimensions of the band, zero elsewhere and where the row is not
@@ -109,6 +116,23 @@ struct RowTile {
     return factor.inverse;
   }
 
+  // Of the padded rows that do not exist: a warp a row.
+  template <int kWarps>
+  __device__ void clear_padding(const SelectBlocksParams& params) const {
+    const int words = static_cast<int>((params.k_blocks + 31) / 32);
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 1
+    for (int row = rows + static_cast<int>(threadIdx.x) / 32; row < padded_rows; row += kWarps) {
+      uint32_t* target = row_words(params, row);
+      for (int word = lane; word < words; word += 32) {
+        target[word] = 0;
+      }
+      if (lane == 0) {
+        *row_count(params, row) = 0;
+      }
+    }
+  }
+
   // Band 0 or 1, the first that has dimensions, and the last.
   __device__ int first_band() const { return slices[0] != 0 ? 0 : 1; }
   __device__ int last_band() const { return slices[1] != 0 ? 1 : 0; }
@@ -132,10 +156,10 @@ struct QueryRows {
   QueryTiles<kHeadDim, kRowTiles> queries;
   RowTile tile;
   float band_scale[2][kRows];
-  int visible[kRows];
+  RowRange range[kRows];
   // Of each band: the next one's are written while rows are still searched.
   float scale[2][kRows];  // from scores to base 2 logits
-  int keep_all[2][kRows];
+  bool keep_all[2][kRows];
 
   __device__ void set_up(const SelectBlocksParams& params) {
     each_row([&](int row) {
@@ -144,9 +168,9 @@ struct QueryRows {
       if (threadIdx.x % kRowLanes == 0) {
         band_scale[0][row] = scales.x;
         band_scale[1][row] = scales.y;
-        visible[row] = exists ? row_range(params, tile.q_block(row)).visible : 0;
+        range[row] = exists ? row_range(params, tile.lengths, tile.q_block(row)) : RowRange{};
         keep_all[0][row] = params.top_p >= 1.0;
-        keep_all[1][row] = 0;
+        keep_all[1][row] = false;
       }
       __syncwarp();
     });
@@ -156,7 +180,7 @@ struct QueryRows {
   __device__ void write_queries(const SelectBlocksParams& params, int band) {
     each_row([&](int row) {
       const float unscale = tile.template write_query<kHeadDim, kRowTiles>(
-          params, band == 0 ? params.high : params.low, row, visible[row] > 0, queries);
+          params, band == 0 ? params.high : params.low, row, range[row].visible > 0, queries);
       if (threadIdx.x % kRowLanes == 0) {
         const float factor = band_scale[band][row] * unscale;
         // A row whose temperature is undefined keeps all it sees: nothing is known about it.

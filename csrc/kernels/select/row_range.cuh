@@ -1,7 +1,7 @@
 // What a query block may see, and what it always keeps.
 #pragma once
 
-#include "kernels/params.h"
+#include "kernels/select/lengths.cuh"
 
 namespace prism {
 
@@ -19,13 +19,14 @@ __device__ inline int block_of(int64_t position, int block_size) {
   return static_cast<int>(static_cast<uint32_t>(position) / static_cast<uint32_t>(block_size));
 }
 
-__device__ inline RowRange row_range(const SelectBlocksParams& params, int q_block) {
-  const int64_t offset = params.k_len - params.q_len;
+__device__ inline RowRange row_range(const SelectBlocksParams& params, const Lengths& lengths,
+                                     int q_block) {
+  const int64_t offset = int64_t{lengths.k_len} - lengths.q_len;
   const int64_t first = static_cast<int64_t>(q_block) * params.q_block_size + offset;
   const int64_t end_row =
-      min((static_cast<int64_t>(q_block) + 1) * params.q_block_size, params.q_len);
+      min((static_cast<int64_t>(q_block) + 1) * params.q_block_size, int64_t{lengths.q_len});
   const int64_t last = end_row - 1 + offset;  // token position of the block's last query
-  const int k_blocks = static_cast<int>(params.k_blocks);
+  const int k_blocks = lengths.k_blocks;
   const int own_end = last < 0 ? 0 : min(block_of(last, params.k_block_size) + 1, k_blocks);
   const int visible = params.causal ? own_end : k_blocks;
   const int first_own = first < 0 ? 0 : block_of(first, params.k_block_size);
@@ -34,6 +35,10 @@ __device__ inline RowRange row_range(const SelectBlocksParams& params, int q_blo
                                    : max(first_own - (params.keep_recent - 1), int64_t{0});
   return {visible, static_cast<int>(min(params.keep_sink, int64_t{visible})),
           static_cast<int>(min(recent_begin, int64_t{visible})), min(own_end, visible)};
+}
+
+__device__ inline RowRange row_range(const SelectBlocksParams& params, int q_block) {
+  return row_range(params, Lengths::longest(params), q_block);
 }
 
 // Bits of word `word` that lie in [begin, end).

@@ -59,6 +59,10 @@ class ShortRows {
   }
 
   __device__ void run() {
+    rows_.tile.template clear_padding<Shape::kWarps>(params_);
+    if (rows_.tile.rows == 0) {
+      return;
+    }
     const bool scored = rows_.tile.scored_words > 0;
     Stream stream(shared_.keys, rows_.tile.head_tiles,
                   Stream::Walk::template one_by_one<Shape::kWarps>());
@@ -147,8 +151,8 @@ class ShortRows {
     const KeepRules rules(params_);
 #pragma unroll 1
     for (int row = warp(); row < rows_.tile.rows; row += Shape::kWarps) {
-      const int visible = rows_.visible[row];
-      if (visible > 0 && rows_.keep_all[band][row] == 0) {
+      const int visible = rows_.range[row].visible;
+      if (visible > 0 && !rows_.keep_all[band][row]) {
         const uint32_t word = select(scores(row), visible, rows_.scale[band][row], rules);
         if (lane() < Shape::kWords) {
           shared_.kept[row][lane()] |= word;
@@ -198,8 +202,8 @@ class ShortRows {
     const int words = static_cast<int>((params_.k_blocks + 31) / 32);
 #pragma unroll 1
     for (int row = warp(); row < rows_.tile.rows; row += Shape::kWarps) {
-      const RowRange range = row_range(params_, rows_.tile.q_block(row));
-      const bool all = (rows_.keep_all[0][row] | rows_.keep_all[1][row]) != 0;
+      const RowRange range = rows_.range[row];
+      const bool all = rows_.keep_all[0][row] || rows_.keep_all[1][row];
       const int sink_end = all ? range.visible : range.sink_end;
       uint32_t bits = 0;
       if (lane() < words) {

@@ -1,6 +1,7 @@
 // The calibrated temperatures, from the partial band energies that pooling left.
 #pragma once
 
+#include "kernels/select/lengths.cuh"
 #include "kernels/select/workspace.h"
 
 namespace prism {
@@ -46,14 +47,15 @@ struct HeadEnergies {
 };
 
 // 1 / (sqrt(d_z) tau_z) of a pair of heads; NaN where a temperature does not exist.
-__device__ inline float logit_scale(const SelectBlocksParams& params, const HeadEnergies& q,
-                                    const HeadEnergies& k, BandEnergy band, int band_size) {
+__device__ inline float logit_scale(const SelectBlocksParams& params, const Lengths& lengths,
+                                    const HeadEnergies& q, const HeadEnergies& k, BandEnergy band,
+                                    int band_size) {
   const float size = static_cast<float>(band_size);
   const float tau = sqrtf(size / static_cast<float>(params.head_dim)) *
                     relative_rms(q.energies[band], q.energies[kTotalEnergy],
-                                 static_cast<float>(params.q_blocks), band_size, params.head_dim) *
+                                 static_cast<float>(lengths.q_blocks), band_size, params.head_dim) *
                     relative_rms(k.energies[band], k.energies[kTotalEnergy],
-                                 static_cast<float>(params.k_blocks), band_size, params.head_dim);
+                                 static_cast<float>(lengths.k_blocks), band_size, params.head_dim);
   return 1.f / (sqrtf(size) * at_least_epsilon(tau));
 }
 

@@ -205,6 +205,13 @@ def _fake_estimate_blocks_varlen(
     q_block_size: int = 128,
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices(
+        "estimate_blocks_varlen", q=q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k, block_table=block_table,
+    )  # fmt: skip
+    _check_block_sizes(
+        "estimate_blocks_varlen", q_block_size=q_block_size, k_block_size=k_block_size
+    )
     q_blocks = (max_seqlen_q + q_block_size - 1) // q_block_size
     k_blocks = (max_seqlen_k + k_block_size - 1) // k_block_size
     rows = (cu_seqlens_q.shape[0] - 1, q.shape[1], q_blocks)

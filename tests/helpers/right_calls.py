@@ -135,20 +135,32 @@ def ragged_tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+def ragged_call(
+    base: Callable[[Right, str], Arguments], paged: bool, *names: str
+) -> Callable[[Right, str], Arguments]:
+    """A call of an op's batched arguments and of `names` as ragged sequences."""
+
     def build(sizes: Right, device: str) -> Arguments:
         ragged = ragged_tensors(sizes, device)
-        names = ("k_pages", "v_pages") if paged else ("k", "v")
-        return call_of("bits", "counts", "sinks", attends=True)(sizes, device) | {
-            "q": ragged["q"],
-            "k": ragged[names[0]],
-            "v": ragged[names[1]],
-            "cu_seqlens_q": ragged["cu_seqlens_q"],
-            "cu_seqlens_k": None if paged else ragged["cu_seqlens_k"],
-            "seqused_k": ragged["seqused_k"],
-            "block_table": ragged["block_table"] if paged else None,
-            "max_seqlen_q": sizes.q_len,
-            "max_seqlen_k": sizes.k_len,
-        }
+        return (
+            base(sizes, device)
+            | {name: ragged[f"{name}_pages" if paged and name != "q" else name] for name in names}
+            | {
+                "cu_seqlens_q": ragged["cu_seqlens_q"],
+                "cu_seqlens_k": None if paged else ragged["cu_seqlens_k"],
+                "seqused_k": ragged["seqused_k"],
+                "block_table": ragged["block_table"] if paged else None,
+                "max_seqlen_q": sizes.q_len,
+                "max_seqlen_k": sizes.k_len,
+            }
+        )
 
     return build
+
+
+def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+    return ragged_call(call_of("bits", "counts", "sinks", attends=True), paged, "q", "k", "v")
+
+
+def estimate_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+    return ragged_call(call_of(selects=True), paged, "q", "k")

@@ -21,6 +21,7 @@ from helpers.right_calls import (
     Arguments,
     Right,
     call_of,
+    estimate_varlen_call,
     pool_append_call,
     select_blocks_call,
     tensors,
@@ -357,12 +358,33 @@ MASKED = BLOCKS | {
     "softcap": SOFTCAP,
     "window_left": WINDOW,
 }
-VARLEN = MASKED | {
+SEQUENCES = {
     "q": (*PACKED, Q_HEADS),
     "cu_seqlens_q": (*LENGTHS, ABSENT),
     "max_seqlen_q": LENGTH,
     "max_seqlen_k": LONGEST_K,
 }
+IN_ROWS = {
+    "cu_seqlens_k": (*LENGTHS, ABSENT),
+    "seqused_k": LENGTHS,
+    "block_table": (given, NOT_A_TENSOR),
+}
+IN_PAGES = {
+    "cu_seqlens_k": (given, NOT_A_TENSOR),
+    "seqused_k": (*LENGTHS, ABSENT),
+    "block_table": (
+        dtypes(torch.int32),
+        rank,
+        size(0, same),
+        size(1, _pages_fit),
+        last_stride,
+        on_meta,
+        ABSENT,
+        NOT_A_TENSOR,
+    ),
+}
+VARLEN = MASKED | SEQUENCES
+ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 
 OPS: dict[str, Op] = {
     "block_pool": Op(
@@ -417,33 +439,28 @@ OPS: dict[str, Op] = {
     "sparse_attention_varlen packed": Op(
         varlen_call(paged=False),
         VARLEN
+        | IN_ROWS
         | {
             "k": (*PACKED, size(0, same), size(1, same)),
             "v": (*PACKED, size(0, same), size(1, same)),
-            "cu_seqlens_k": (*LENGTHS, ABSENT),
-            "seqused_k": LENGTHS,
-            "block_table": (given, NOT_A_TENSOR),
         },
     ),
     "sparse_attention_varlen paged": Op(
-        varlen_call(paged=True),
-        VARLEN
-        | {
-            "k": PAGED,
-            "v": PAGED,
-            "cu_seqlens_k": (given, NOT_A_TENSOR),
-            "seqused_k": (*LENGTHS, ABSENT),
-            "block_table": (
-                dtypes(torch.int32),
-                rank,
-                size(0, same),
-                size(1, _pages_fit),
-                last_stride,
-                on_meta,
-                ABSENT,
-                NOT_A_TENSOR,
-            ),
-        },
+        varlen_call(paged=True), VARLEN | IN_PAGES | {"k": PAGED, "v": PAGED}
+    ),
+    "estimate_blocks_varlen packed": Op(
+        estimate_varlen_call(paged=False),
+        SELECTION
+        | SEQUENCES
+        | IN_ROWS
+        | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*ESTIMATED_ROWS, K_HEADS)},
+    ),
+    "estimate_blocks_varlen paged": Op(
+        estimate_varlen_call(paged=True),
+        SELECTION
+        | SEQUENCES
+        | IN_PAGES
+        | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*activation(), *TOGETHER)},
     ),
     "prefill": Op(
         call_of("q", "k", "v", selects=True, attends=True),

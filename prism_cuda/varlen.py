@@ -125,7 +125,7 @@ def prefill_varlen(
         k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table: as for
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
-            max_seqlen_k is at most 16,384 blocks. Memory grows with their product, time hardly.
+            max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
         config: settings; its estimator must be "bands".
         scale: softmax scale; D ** -0.5 if None.
         causal: row i of a sequence sees keys up to i + (k_len - q_len).

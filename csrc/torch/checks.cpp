@@ -70,9 +70,9 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
 }
 
 void check_estimated(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.size(tensor.dim() - 1) == 64 || tensor.size(tensor.dim() - 1) == kMaxHeadDim, op, name, " has head_dim ",
-              tensor.size(tensor.dim() - 1), " (shape ", shape_string(tensor),
-              "); blocks are estimated at 64, 128 only");
+  PRISM_CHECK(tensor.size(tensor.dim() - 1) == 64 || tensor.size(tensor.dim() - 1) == kMaxHeadDim,
+              op, name, " has head_dim ", tensor.size(tensor.dim() - 1), " (shape ",
+              shape_string(tensor), "); blocks are estimated at 64, 128 only");
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,

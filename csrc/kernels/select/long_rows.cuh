@@ -90,11 +90,9 @@ class LongRows {
   }
 
   __device__ void run_tile() {
-    rows_.tile.template clear_padding<Shape::kWarps>(params_);
-    if (rows_.tile.rows == 0) {
-      return;
+    if (rows_.tile.rows > 0) {
+      rows_.set_up(params_);
     }
-    rows_.set_up(params_);
     __syncthreads();
     if (rows_.tile.scored_words == 0) {
       keep_visible();
@@ -167,7 +165,7 @@ class LongRows {
     Team team(shared_.slots, size);
     const int first_key = team.index() * part_words * 32;
 #pragma unroll 1
-    for (int row = team.group(); row < rows_.tile.rows; row += Shape::kWarps / size) {
+    for (int row = team.group(); row < rows_.tile.padded_rows; row += Shape::kWarps / size) {
       const int visible = rows_.range[row].visible;
       const int part = min(visible - first_key, part_words * 32);
       using Row = WarpRow<kValues, Team>;
@@ -225,13 +223,14 @@ class LongRows {
   // A warp a row.
   __device__ void keep_visible() const {
 #pragma unroll 1
-    for (int row = warp(); row < rows_.tile.rows; row += Shape::kWarps) {
+    for (int row = warp(); row < rows_.tile.padded_rows; row += Shape::kWarps) {
       uint32_t* target = rows_.tile.row_words(params_, row);
+      const int visible = row < rows_.tile.rows ? rows_.range[row].visible : 0;
       for (int word = lane(); word < words(); word += 32) {
-        target[word] = range_bits(word, 0, rows_.range[row].visible);
+        target[word] = range_bits(word, 0, visible);
       }
       if (lane() == 0) {
-        *rows_.tile.row_count(params_, row) = rows_.range[row].visible;
+        *rows_.tile.row_count(params_, row) = visible;
       }
     }
   }

@@ -116,23 +116,6 @@ struct RowTile {
     return factor.inverse;
   }
 
-  // Of the padded rows that do not exist: a warp a row.
-  template <int kWarps>
-  __device__ void clear_padding(const SelectBlocksParams& params) const {
-    const int words = static_cast<int>((params.k_blocks + 31) / 32);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int row = rows + static_cast<int>(threadIdx.x) / 32; row < padded_rows; row += kWarps) {
-      uint32_t* target = row_words(params, row);
-      for (int word = lane; word < words; word += 32) {
-        target[word] = 0;
-      }
-      if (lane == 0) {
-        *row_count(params, row) = 0;
-      }
-    }
-  }
-
   // Band 0 or 1, the first that has dimensions, and the last.
   __device__ int first_band() const { return slices[0] != 0 ? 0 : 1; }
   __device__ int last_band() const { return slices[1] != 0 ? 1 : 0; }

@@ -59,7 +59,7 @@ class ShortRows {
   }
 
   __device__ void run() {
-    rows_.tile.template clear_padding<Shape::kWarps>(params_);
+    clear_padding();
     if (rows_.tile.rows == 0) {
       return;
     }
@@ -194,6 +194,20 @@ class ShortRows {
         return select_values<24>(scores, visible, scale, rules);
       }
       return select_values<32>(scores, visible, scale, rules);
+    }
+  }
+
+  // Rows past a sequence's end: a warp a row, a lane a word.
+  __device__ void clear_padding() const {
+    const int words = static_cast<int>((params_.k_blocks + 31) / 32);
+#pragma unroll 1
+    for (int row = rows_.tile.rows + warp(); row < rows_.tile.padded_rows; row += Shape::kWarps) {
+      if (lane() < words) {
+        rows_.tile.row_words(params_, row)[lane()] = 0;
+      }
+      if (lane() == 0) {
+        *rows_.tile.row_count(params_, row) = 0;
+      }
     }
   }
 

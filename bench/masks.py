@@ -116,14 +116,6 @@ def _keep_lowest(rank: Tensor, like: Tensor, length: int) -> Tensor:
     return torch.zeros_like(like).flatten(2).scatter_(-1, order, chosen).view_as(like)
 
 
-def halve_blocks(mask: Tensor, length: int, *, k_block: int, causal: bool) -> Tensor:
-    """The same tokens in blocks of 64 by 64, without what causality hides of them."""
-    fine = mask.repeat_interleave(2, -2).repeat_interleave(k_block // 64, -1)
-    blocks = -(-length // 64)
-    fine = fine[..., :blocks, :blocks]
-    return fine.tril_() if causal else fine.contiguous()
-
-
 def default_bands(head_dim: int) -> tuple[list[int], list[int]]:
     """The published bands as ranges: half and three quarters of the dimensions, rotate-half."""
     return from_dims(head_dim // 2, head_dim * 3 // 4, head_dim).ranges

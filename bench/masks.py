@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism_cuda import _bits
 from prism_cuda.bands import from_dims
 
 QUERY_BLOCK = 128
@@ -135,12 +136,7 @@ def block_lists(which: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
     """int32 (bits, counts) of a bool mask: key block 32 w + j is bit j of word w."""
-    words = -(-mask.shape[-1] // 32)
-    padded = torch.nn.functional.pad(mask, (0, 32 * words - mask.shape[-1]))
-    bits = torch.zeros(*mask.shape[:-1], words, dtype=torch.int32, device=mask.device)
-    for j, lane in enumerate(padded.unflatten(-1, (words, 32)).unbind(-1)):
-        bits |= lane.int() << j
-    return bits, mask.sum(-1, dtype=torch.int32)
+    return _bits.pack(mask), mask.sum(-1, dtype=torch.int32)
 
 
 def structured_qkv(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prism_cuda import _bits
 from prism_cuda.bands import from_dims
 
 QUERY_BLOCK = 128
@@ -116,14 +117,6 @@ def _keep_lowest(rank: Tensor, like: Tensor, length: int) -> Tensor:
     return torch.zeros_like(like).flatten(2).scatter_(-1, order, chosen).view_as(like)
 
 
-def halve_blocks(mask: Tensor, length: int, *, k_block: int, causal: bool) -> Tensor:
-    """The same tokens in blocks of 64 by 64, without what causality hides of them."""
-    fine = mask.repeat_interleave(2, -2).repeat_interleave(k_block // 64, -1)
-    blocks = -(-length // 64)
-    fine = fine[..., :blocks, :blocks]
-    return fine.tril_() if causal else fine.contiguous()
-
-
 def default_bands(head_dim: int) -> tuple[list[int], list[int]]:
     """The published bands as ranges: half and three quarters of the dimensions, rotate-half."""
     return from_dims(head_dim // 2, head_dim * 3 // 4, head_dim).ranges
@@ -143,12 +136,7 @@ def block_lists(which: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
     """int32 (bits, counts) of a bool mask: key block 32 w + j is bit j of word w."""
-    words = -(-mask.shape[-1] // 32)
-    padded = torch.nn.functional.pad(mask, (0, 32 * words - mask.shape[-1]))
-    bits = torch.zeros(*mask.shape[:-1], words, dtype=torch.int32, device=mask.device)
-    for j, lane in enumerate(padded.unflatten(-1, (words, 32)).unbind(-1)):
-        bits |= lane.int() << j
-    return bits, mask.sum(-1, dtype=torch.int32)
+    return _bits.pack(mask), mask.sum(-1, dtype=torch.int32)
 
 
 def structured_qkv(

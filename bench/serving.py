@@ -20,13 +20,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from masks import random_mask, structured_qkv
+from masks import pack, random_mask, structured_qkv
 from record import print_table, write_json
 from timing import capture, measure_alternating
 from torch import Tensor
 
 import prism_cuda
-from prism_cuda import _bits
 
 DEVICE = "cuda"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -34,10 +33,6 @@ MIX = (16384, 9000, 5000, 2500, 1200, 700, 300, 131, 64, 1)
 PAGE_SIZES = (256, 128, 64, 32, 16, 8, 1)
 Result = tuple[Tensor, Tensor]
 Row = dict[str, Any]
-
-
-def pack(mask: Tensor) -> Result:
-    return _bits.pack(mask), mask.sum(-1, dtype=torch.int32)
 
 
 def draw(*shape: int) -> Tensor:

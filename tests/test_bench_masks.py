@@ -111,22 +111,6 @@ def test_key_blocks_of_64_cover_what_is_visible(causal: bool) -> None:
     assert not torch.equal(pairs[..., 0], pairs[..., 1])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("block", [64, 128])
-def test_halved_blocks_stand_for_the_same_tokens(block: int, causal: bool) -> None:
-    length = 512
-    point = suites.Point(length, "random", 0.3, ("prism",), block=block, causal=causal)
-    mask = suites.build_sparsity(point, HEADS, "cpu").mask
-    fine = masks.halve_blocks(mask, length, k_block=block, causal=causal)
-    assert fine.shape == (1, HEADS, length // 64, length // 64)
-
-    def tokens(m: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        m = m.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
-        return m.tril() if causal else m
-
-    assert torch.equal(tokens(fine, 64, 64), tokens(mask, 128, block))
-
-
 def test_packing_and_lists_give_the_mask_back() -> None:
     mask = make("random", 0.25).mask
     bits, counts = masks.pack(mask)

@@ -7,6 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
+from helpers.models import EXACT, TINY  # noqa: E402
 from transformers import (  # noqa: E402
     CohereConfig,
     GlmConfig,
@@ -24,23 +25,6 @@ from prism_cuda import PrismConfig  # noqa: E402
 from prism_cuda.integrations import masks, rope  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("needs_library")
-
-TINY = {
-    "vocab_size": 97,
-    "hidden_size": 128,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-# Everything kept and nothing too short: sparse attention that must equal dense.
-EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",

@@ -126,7 +126,7 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
     return "unsupported: dtype must be BFloat16 or Half";
   }
 #ifdef PRISM_WITH_CUDA
-  const bool has_sm90 = has_sm90_kernels();
+  const bool has_sm90 = may_use_sm90_kernels();
 #else
   const bool has_sm90 = false;
 #endif

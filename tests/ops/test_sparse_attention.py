@@ -193,6 +193,16 @@ def test_overlapping_queries_get_an_output_of_their_own(device: str) -> None:
     assert torch.equal(out, expected)
 
 
+def test_environment_picks_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel() -> str:
+        return torch.ops.prism.attention_kernel(90, torch.bfloat16, 128)
+
+    if kernel() != "sm90":
+        pytest.skip("built without sm_90a")
+    monkeypatch.setenv("PRISM_PORTABLE_ATTENTION", "1")
+    assert kernel() == "sm80"
+
+
 def test_repeats_are_bit_identical(device: str) -> None:
     case = attention_inputs(
         AttentionCase("repeat", 500, 500, q_heads=4, blocks=B128, head_dim=128),

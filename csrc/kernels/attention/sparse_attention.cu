@@ -69,6 +69,10 @@ bool has_sm90_kernels() {
 #endif
 }
 
+bool may_use_sm90_kernels() {
+  return has_sm90_kernels() && std::getenv("PRISM_PORTABLE_ATTENTION") == nullptr;
+}
+
 AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int sm) {
   const RaggedBatch& ragged = params.ragged;
   const int k_rows = ragged.is_paged()    ? ragged.pages
@@ -77,8 +81,7 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
   const bool tma = k_rows > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
                    tma_compatible(params.v) &&
                    (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
-  // Read at every call: benchmarks and tests run both kernels in one process.
-  const bool has_sm90 = has_sm90_kernels() && std::getenv("PRISM_PORTABLE_ATTENTION") == nullptr;
+  const bool has_sm90 = may_use_sm90_kernels();
   AttentionTraits traits{sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90,
                          tma};
   traits.softcap = params.softcap > 0.f;

@@ -10,6 +10,10 @@ namespace prism {
 // Whether the Hopper kernel was compiled for sm_90a.
 bool has_sm90_kernels();
 
+// Unless PRISM_PORTABLE_ATTENTION is set. Asked at every call: benchmarks and tests run both
+// kernels in one process.
+bool may_use_sm90_kernels();
+
 // What a launch returns if the driver cannot describe a tensor to TMA; nothing else returns it.
 constexpr cudaError_t kTensorMapRefused = cudaErrorInvalidPitchValue;
 

@@ -150,7 +150,10 @@ def prefill_varlen(
     _ops.load()
     high, low = config.resolve_bands(q.shape[-1]).ranges
     where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
-    rules = (config.top_p, config.keep_sink, config.keep_recent, config.threshold)
+    top_p = config.top_p_of_heads(q.shape[-2])
+    if not isinstance(top_p, float):
+        raise ValueError("prefill_varlen: config.top_p differs by head; expected one for all heads")
+    rules = (top_p, config.keep_sink, config.keep_recent, config.threshold(top_p))
     bits, counts = torch.ops.prism.estimate_blocks_varlen(
         q, k, *where, high, low, *rules, causal, *config.block_sizes
     )

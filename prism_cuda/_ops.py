@@ -62,6 +62,8 @@ def _register_reference() -> torch.library.Library:
         "select_blocks",
         "estimate_blocks_varlen",
         "estimate_grid",
+        "pool_cells_",
+        "select_grid",
         "sparse_attention",
         "sparse_attention_varlen",
     )
@@ -237,6 +239,36 @@ def _fake_estimate_grid(
     return _fake_estimate("estimate_grid", q, k, q_block_size, k_block_size)
 
 
+def _fake_pool_cells_(
+    x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, start: int
+) -> None:
+    _check_devices("pool_cells_", x=x, cells=cells, factors=factors)
+
+
+def _fake_select_grid(
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    k_factors: torch.Tensor,
+    k_len: int,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("select_grid", q=q, k_cells=k_cells, k_factors=k_factors)
+    _check_block_sizes("select_grid", q_block_size=q_block_size, k_block_size=k_block_size)
+    q_blocks = (q.shape[2] + q_block_size - 1) // q_block_size
+    words = ((k_len + k_block_size - 1) // k_block_size + WORD_BITS - 1) // WORD_BITS
+    return (
+        q.new_empty((*q.shape[:2], q_blocks, words), dtype=torch.int32),
+        q.new_empty((*q.shape[:2], q_blocks), dtype=torch.int32),
+    )
+
+
 def _fake_sparse_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -316,6 +348,8 @@ _FAKE_KERNELS: dict[str, Callable] = {
     "estimate_blocks": _fake_estimate_blocks,
     "estimate_blocks_varlen": _fake_estimate_blocks_varlen,
     "estimate_grid": _fake_estimate_grid,
+    "pool_cells_": _fake_pool_cells_,
+    "select_grid": _fake_select_grid,
     "sparse_attention": _fake_sparse_attention,
     "sparse_attention_varlen": _fake_sparse_attention_varlen,
     "prefill": _fake_prefill,

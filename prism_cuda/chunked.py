@@ -10,6 +10,7 @@ import torch
 from prism_cuda import _ops, functional, recording
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
+from prism_cuda.reference import CELL_TOKENS
 
 _Result = TypeVar("_Result")
 
@@ -17,8 +18,83 @@ _Result = TypeVar("_Result")
 _RUNNING_SUMS = 1024
 
 
+class _KeyMeans:
+    """What the bands need of the keys: a mean per block."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int],
+        head_dim: int,
+        max_len: int,
+        config: PrismConfig,
+        device: torch.device | str,
+    ) -> None:
+        self._config = config
+        blocks = -(-max_len // config.block_sizes[1])
+        self.means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
+        self._sums = torch.empty(
+            (*heads, _RUNNING_SUMS // head_dim, head_dim), dtype=torch.float32, device=device
+        )
+
+    def append(self, k: torch.Tensor, start: int) -> None:
+        torch.ops.prism.pool_append_(
+            k, self.means, self._sums, start, self._config.block_sizes[1]
+        )
+
+    def pool_queries(self, q: torch.Tensor) -> torch.Tensor:
+        return torch.ops.prism.block_pool(q, self._config.block_sizes[0])
+
+    def select(
+        self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
+    ) -> BlockMask:
+        return functional.select_from_means(
+            q_means,
+            self.means[:, :, : -(-k_len // self._config.block_sizes[1])],
+            q.shape[2],
+            k_len,
+            self._config.resolve_bands(q.shape[3]),
+            self._config,
+            causal=True,
+        )
+
+
+class _KeyCells:
+    """What the grid needs of the keys: mean and variance of every 16."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int],
+        head_dim: int,
+        max_len: int,
+        config: PrismConfig,
+        device: torch.device | str,
+    ) -> None:
+        self._config = config
+        cells = -(-max_len // CELL_TOKENS)
+        self._cells = torch.empty((*heads, cells, 2 * head_dim), dtype=torch.half, device=device)
+        self._factors = torch.empty((*heads, cells), dtype=torch.float32, device=device)
+        self._unfinished: torch.Tensor | None = None  # the keys of the last cell, fewer than 16
+
+    def append(self, k: torch.Tensor, start: int) -> None:
+        if start % CELL_TOKENS and self._unfinished is not None:
+            k = torch.cat([self._unfinished, k], 2)
+            start -= start % CELL_TOKENS
+        torch.ops.prism.pool_cells_(k, self._cells, self._factors, start)
+        self._unfinished = k[:, :, k.shape[2] // CELL_TOKENS * CELL_TOKENS :].clone()
+
+    def pool_queries(self, q: torch.Tensor) -> torch.Tensor:
+        return q  # pooled with the selection
+
+    def select(
+        self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
+    ) -> BlockMask:
+        return functional.select_from_cells(
+            q, self._cells, self._factors, k_len, self._config, scale
+        )
+
+
 class ChunkedPrefill:
-    """The key means of one attention layer while its prompt grows chunk by chunk.
+    """What one attention layer keeps of its keys while its prompt grows chunk by chunk.
 
     Every key is pooled once, in the call that brings it; :func:`prism_cuda.prefill` would read the
     whole prefix again for every chunk. Chunks may have any sizes and start within a block.
@@ -28,14 +104,15 @@ class ChunkedPrefill:
 
     Args:
         batch, kv_heads, head_dim: of k; head_dim is 64 or 128.
-        max_len: tokens that the prompt may grow to; takes 4 * head_dim bytes a block and head.
+        max_len: tokens that the prompt may grow to. A key head takes 4 * head_dim bytes a block
+            with the bands, and 4 * head_dim + 4 bytes for every 16 tokens with the grid.
         config: settings; what it rules out (short chunks, few keys) runs as dense attention, as in
-            :func:`prism_cuda.prefill`, and is pooled all the same. The estimator is "bands".
+            :func:`prism_cuda.prefill`, and is pooled all the same.
         device: where k lives.
 
     Raises:
         ImportError: if the ops library is not built.
-        ValueError: for another head_dim or estimator.
+        ValueError: for another head_dim.
     """
 
     def __init__(
@@ -53,25 +130,12 @@ class ChunkedPrefill:
                 f"ChunkedPrefill: head_dim is {head_dim}; expected one of {functional.HEAD_DIMS}"
             )
         self._config = config or PrismConfig()
-        if self._config.estimator != "bands":
-            raise ValueError(
-                f"ChunkedPrefill: config.estimator is {self._config.estimator!r}; expected "
-                "'bands', the one whose key means are kept from chunk to chunk"
-            )
         _ops.load()
+        self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
-        blocks = -(-max_len // self._config.block_sizes[1])
-        heads = (batch, kv_heads)
-        self._means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
-        self._sums = torch.empty(
-            (*heads, _RUNNING_SUMS // head_dim, head_dim), dtype=torch.float32, device=device
-        )
+        keys = _KeyMeans if self._config.estimator == "bands" else _KeyCells
+        self._keys = keys((batch, kv_heads), head_dim, max_len, self._config, device)
         self.length = 0
-
-    @property
-    def means(self) -> torch.Tensor:
-        """Float32 (B, Hkv, blocks, D): means of the keys so far, the last block's of its tokens."""
-        return self._means[:, :, : -(-self.length // self._config.block_sizes[1])]
 
     def reset(self) -> None:
         """Begin another prompt in the same memory."""
@@ -83,7 +147,7 @@ class ChunkedPrefill:
         Raises:
             ValueError: if they do not fit the shapes or max_len.
         """
-        batch, kv_heads, _, head_dim = self._means.shape
+        batch, kv_heads, head_dim = self._shape
         if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, kv_heads, head_dim):
             raise ValueError(
                 f"ChunkedPrefill: k has shape {tuple(k.shape)}; expected "
@@ -94,9 +158,7 @@ class ChunkedPrefill:
                 f"ChunkedPrefill: {k.shape[2]} tokens after {self.length} exceed max_len "
                 f"{self._max_len}"
             )
-        torch.ops.prism.pool_append_(
-            k, self._means, self._sums, self.length, self._config.block_sizes[1]
-        )
+        self._keys.append(k, self.length)
         self.length += k.shape[2]
 
     def prefill(
@@ -141,7 +203,7 @@ class ChunkedPrefill:
 
         def pool() -> torch.Tensor:
             self.append(k[:, :, self.length :])
-            return torch.ops.prism.block_pool(q, self._config.block_sizes[0])
+            return self._keys.pool_queries(q)
 
         choice = functional.choose(q, k, v, self._config)
         if choice.path == "dense":
@@ -150,13 +212,7 @@ class ChunkedPrefill:
             return (out, None) if return_mask else out
         q_means = stage("pool", pool)
         q_len, k_len = q.shape[2], k.shape[2]
-        bands = self._config.resolve_bands(q.shape[3])
-        mask = stage(
-            "select",
-            lambda: functional.select_from_means(
-                q_means, self.means, q_len, k_len, bands, self._config, causal=True
-            ),
-        )
+        mask = stage("select", lambda: self._keys.select(q, q_means, k_len, scale))
         out, _ = stage(
             "attend",
             lambda: functional.sparse_attention(q, k, v, mask, scale=scale, return_lse=True),

@@ -426,6 +426,24 @@ def select_from_means(
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
 
 
+def select_from_cells(
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    k_factors: torch.Tensor,
+    k_len: int,
+    config: PrismConfig,
+    scale: float | None,
+) -> BlockMask:
+    """The causal block mask from q and the cells of the first k_len keys."""
+
+    def select(q: torch.Tensor, kv: _KeyHeads, top_p: float) -> _Selection:
+        rules = _rules(config, top_p)
+        return torch.ops.prism.select_grid(q, *kv, k_len, *rules, scale, True, *config.block_sizes)
+
+    bits, counts = _each_top_p(select, q, (k_cells, k_factors), config)
+    return BlockMask(bits, counts, q.shape[2], k_len, *config.block_sizes, True)
+
+
 def _rules(config: PrismConfig, top_p: float) -> tuple[float, int, int, float | None]:
     """What the ops take to keep of the probabilities of heads with this top_p."""
     return top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)

@@ -257,13 +257,32 @@ def grid_masses(
     Returns:
         (B, Hq, Nq, Nk), rows summing to 1; 0 where nothing is visible, NaN where undefined.
     """
-    kv_heads, q_len, k_len = k.shape[1], q.shape[2], k.shape[2]
-    q_means, k_means = block_pool(q, CELL_TOKENS), block_pool(k, CELL_TOKENS)
+    return _masses_of_cells(
+        q, cell_statistics(k), k.shape[2], scale, causal, q_block_size, k_block_size
+    )
+
+
+def cell_statistics(k: torch.Tensor) -> torch.Tensor:
+    """Mean and variance of each dimension in every cell of keys: (B, H, ceil(L / 16), 2 D)."""
+    means = block_pool(k, CELL_TOKENS)
     # Around the mean: less of it cancels than in the mean square minus the squared mean.
-    own_mean = k_means.repeat_interleave(CELL_TOKENS, 2)[:, :, :k_len]
-    variance = block_pool((k.to(k_means.dtype) - own_mean).square(), CELL_TOKENS)
+    own_mean = means.repeat_interleave(CELL_TOKENS, 2)[:, :, : k.shape[2]]
+    variance = block_pool((k.to(means.dtype) - own_mean).square(), CELL_TOKENS)
+    return torch.cat([means, variance], -1)
+
+
+def _masses_of_cells(
+    q: torch.Tensor,
+    k_vectors: torch.Tensor,
+    k_len: int,
+    scale: float,
+    causal: bool,
+    q_block_size: int,
+    k_block_size: int,
+) -> torch.Tensor:
+    kv_heads, q_len = k_vectors.shape[1], q.shape[2]
+    q_means = block_pool(q, CELL_TOKENS)
     q_vectors = torch.cat([q_means, (scale / 2) * q_means.square()], -1)
-    k_vectors = torch.cat([k_means, variance], -1)
     grouped = q_vectors.unflatten(1, (kv_heads, q.shape[1] // kv_heads)) * scale
     logits = (grouped @ k_vectors.unsqueeze(2).mT).flatten(1, 2)
     visible = visible_blocks(q_len, k_len, causal, CELL_TOKENS, CELL_TOKENS, q.device)
@@ -301,15 +320,75 @@ def estimate_grid(
     Returns:
         bits int32 (B, Hq, Nq, ceil(Nk / 32)) and counts int32 (B, Hq, Nq).
     """
+    rules = (top_p, keep_sink, keep_recent, keep_above, scale, causal, q_block_size, k_block_size)
+    return _select_by_cells(q, cell_statistics(k), k.shape[2], *rules)
+
+
+def _select_by_cells(
+    q: torch.Tensor,
+    k_vectors: torch.Tensor,
+    k_len: int,
+    top_p: float,
+    keep_sink: int,
+    keep_recent: int,
+    keep_above: float | None,
+    scale: float | None,
+    causal: bool,
+    q_block_size: int,
+    k_block_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q_len, k_len = q.shape[2], k.shape[2]
+    q_len = q.shape[2]
     sizes = (q_block_size, k_block_size)
     visible = visible_blocks(q_len, k_len, causal, *sizes, q.device)
     forced = recent_blocks(q_len, k_len, keep_recent, *sizes, q.device)
     forced[:, :keep_sink] = True
-    masses = grid_masses(q, k, scale, causal, *sizes)
+    masses = _masses_of_cells(q, k_vectors, k_len, scale, causal, *sizes)
     kept = top_p_blocks(masses, visible, top_p, keep_above) | (forced & visible)
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
+
+
+def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, start: int) -> None:
+    """Pool the cells of a growing sequence of keys, in place, from ``start`` on.
+
+    Args:
+        x: (B, H, L, D), the tokens from position ``start`` on, a multiple of 16. An unfinished cell
+            has to be given again, from its beginning, once it has more tokens.
+        cells: float16 (B, H, N, 2 D): mean and variance of every cell, brought by a power of two
+            into float16's range.
+        factors: float32 (B, H, N): what a cell is to be multiplied by; NaN where it is not finite.
+    """
+    if x.numel() == 0:
+        return
+    vectors = cell_statistics(x).float()
+    largest = vectors.abs().amax(-1, keepdim=True)
+    finite = largest.isfinite()
+    _, exponent = torch.frexp(largest.clamp_min(2.0**-100))
+    inverse = torch.ldexp(torch.ones_like(largest), torch.where(finite, exponent - 14, 0))
+    where = slice(start // CELL_TOKENS, start // CELL_TOKENS + vectors.shape[2])
+    cells[:, :, where] = torch.where(finite, vectors / inverse, 0).to(cells.dtype)
+    factors[:, :, where] = torch.where(finite, inverse, math.nan).squeeze(-1)
+
+
+def select_grid(
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    k_factors: torch.Tensor,
+    k_len: int,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`estimate_grid` with the first k_len keys' cells as :func:`pool_cells_` left them."""
+    used = -(-k_len // CELL_TOKENS)
+    vectors = (k_cells.float() * k_factors.unsqueeze(-1))[:, :, :used]
+    rules = (top_p, keep_sink, keep_recent, keep_above, scale, causal, q_block_size, k_block_size)
+    return _select_by_cells(q, vectors, k_len, *rules)
 
 
 def sparse_attention(

@@ -112,10 +112,41 @@ struct EstimatePoolParams {
   DType dtype;
 };
 
+constexpr int kCellTokens = 16;  // queries, or keys, of a cell of the grid
+
+// Statistics of cells, see kernels/grid. Strides count elements.
+struct CellStats {
+  void* vectors = nullptr;   // (batch, heads, cells, 2 head_dim), float16
+  float* factors = nullptr;  // (batch, heads, cells)
+  int64_t vector_batch_stride = 0;
+  int64_t vector_head_stride = 0;
+  int64_t factor_batch_stride = 0;
+  int64_t factor_head_stride = 0;
+
+  PRISM_HOST_DEVICE char* vectors_of(int64_t batch, int64_t head) const {
+    return static_cast<char*>(vectors) + 2 * (batch * vector_batch_stride + head * vector_head_stride);
+  }
+  PRISM_HOST_DEVICE float* factors_of(int64_t batch, int64_t head) const {
+    return factors + batch * factor_batch_stride + head * factor_head_stride;
+  }
+};
+
+struct PoolCellsParams {
+  TensorView x;  // (batch, heads, length, head_dim), dtype: tokens of cells `first_cell` and on
+  CellStats cells;
+  int64_t batch;
+  int64_t heads;
+  int64_t first_cell;
+  int64_t length;  // tokens
+  int head_dim;    // 64 or 128
+  DType dtype;
+};
+
 // Selection from the masses of a grid of cells, see kernels/grid.
 struct EstimateGridParams {
   TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
+  CellStats k_cells;           // pooled before; null: k is pooled in the call
   SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
   float scale;                // softmax scale, > 0
   DType dtype;

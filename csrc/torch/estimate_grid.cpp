@@ -4,6 +4,7 @@
 
 #include "torch/checks.h"
 #include "torch/cuda_context.h"
+#include "torch/key_cells.h"
 #include "torch/ops.h"
 #include "torch/reference.h"
 
@@ -15,38 +16,55 @@ namespace prism {
 
 namespace {
 
-constexpr const char* kOp = "estimate_grid";
+struct GridSettings {
+  double top_p;
+  int64_t keep_sink;
+  int64_t keep_recent;
+  std::optional<double> keep_above;
+  double scale;
+  bool causal;
+  int64_t q_block_size;
+  int64_t k_block_size;
+};
+
+GridSettings check_settings(const char* op, const Tensor& q, double top_p, int64_t keep_sink,
+                            int64_t keep_recent, std::optional<double> keep_above,
+                            std::optional<double> scale, bool causal, int64_t q_block_size,
+                            int64_t k_block_size) {
+  check_block_sizes(op, q_block_size, k_block_size);
+  check_rules(op, top_p, keep_sink, keep_recent, keep_above);
+  return {top_p,  keep_sink,    keep_recent, keep_above, check_scale(op, scale, q.size(3)),
+          causal, q_block_size, k_block_size};
+}
 
 #ifdef PRISM_WITH_CUDA
-std::tuple<Tensor, Tensor> estimate_grid_cuda(const Tensor& q, const Tensor& k, double top_p,
-                                              int64_t keep_sink, int64_t keep_recent,
-                                              std::optional<double> keep_above, double scale,
-                                              bool causal, int64_t q_block_size,
-                                              int64_t k_block_size) {
-  const CudaContext context(kOp, q);
+// With where the keys are in `params`: k, or k_cells.
+std::tuple<Tensor, Tensor> select_on_grid(const char* op, const char* keys, const Tensor& q,
+                                          int64_t kv_heads, int64_t k_len,
+                                          EstimateGridParams params,
+                                          const GridSettings& settings) {
+  const CudaContext context(op, q);
   const NvtxRange range("prism.estimate");
-  EstimateGridParams params = {};
   params.q = view(q);
-  params.k = view(k);
-  params.scale = static_cast<float>(scale);
+  params.scale = static_cast<float>(settings.scale);
   params.dtype = kernel_dtype(q);
   SelectBlocksParams& select = params.select;
   select.batch = q.size(0);
   select.q_heads = static_cast<int>(q.size(1));
-  select.kv_heads = static_cast<int>(k.size(1));
+  select.kv_heads = static_cast<int>(kv_heads);
   select.q_len = q.size(2);
-  select.k_len = k.size(2);
-  select.q_blocks = ceil_div(q.size(2), q_block_size);
-  select.k_blocks = ceil_div(k.size(2), k_block_size);
+  select.k_len = k_len;
+  select.q_blocks = ceil_div(q.size(2), settings.q_block_size);
+  select.k_blocks = ceil_div(k_len, settings.k_block_size);
   select.head_dim = static_cast<int>(q.size(3));
-  select.q_block_size = static_cast<int>(q_block_size);
-  select.k_block_size = static_cast<int>(k_block_size);
-  select.top_p = top_p;
-  select.keep_above = keep_above.value_or(std::numeric_limits<double>::infinity());
-  select.keep_sink = keep_sink;
-  select.keep_recent = keep_recent;
-  select.causal = causal;
-  PRISM_CHECK(select.k_blocks <= kMaxSelectKeyBlocks, kOp, "k has ", select.k_blocks,
+  select.q_block_size = static_cast<int>(settings.q_block_size);
+  select.k_block_size = static_cast<int>(settings.k_block_size);
+  select.top_p = settings.top_p;
+  select.keep_above = settings.keep_above.value_or(std::numeric_limits<double>::infinity());
+  select.keep_sink = settings.keep_sink;
+  select.keep_recent = settings.keep_recent;
+  select.causal = settings.causal;
+  PRISM_CHECK(select.k_blocks <= kMaxSelectKeyBlocks, op, keys, " has ", select.k_blocks,
               " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
   int64_t bytes = 0;
   context.check(grid_workspace_bytes(params, &bytes));
@@ -69,19 +87,52 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          std::optional<double> keep_above,
                                          std::optional<double> scale, bool causal,
                                          int64_t q_block_size, int64_t k_block_size) {
+  constexpr const char* kOp = "estimate_grid";
   check_qk(kOp, q, k);
-  check_block_sizes(kOp, q_block_size, k_block_size);
-  check_rules(kOp, top_p, keep_sink, keep_recent, keep_above);
-  const double softmax_scale = check_scale(kOp, scale, q.size(3));
+  const GridSettings settings = check_settings(kOp, q, top_p, keep_sink, keep_recent, keep_above,
+                                               scale, causal, q_block_size, k_block_size);
   if (q.is_cpu()) {
-    const auto outputs =
-        call_reference<2>(kOp, q, k, top_p, keep_sink, keep_recent, keep_above,
-                          std::optional<double>(softmax_scale), causal, q_block_size, k_block_size);
+    const auto outputs = call_reference<2>(kOp, q, k, top_p, keep_sink, keep_recent, keep_above,
+                                           std::optional<double>(settings.scale), causal,
+                                           q_block_size, k_block_size);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
-  return estimate_grid_cuda(q, k, top_p, keep_sink, keep_recent, keep_above, softmax_scale, causal,
-                            q_block_size, k_block_size);
+  EstimateGridParams params = {};
+  params.k = view(k);
+  return select_on_grid(kOp, "k", q, k.size(1), k.size(2), params, settings);
+#else
+  fail_without_cuda(kOp);
+#endif
+}
+
+std::tuple<Tensor, Tensor> select_grid(const Tensor& q, const Tensor& k_cells,
+                                       const Tensor& k_factors, int64_t k_len, double top_p,
+                                       int64_t keep_sink, int64_t keep_recent,
+                                       std::optional<double> keep_above,
+                                       std::optional<double> scale, bool causal,
+                                       int64_t q_block_size, int64_t k_block_size) {
+  constexpr const char* kOp = "select_grid";
+  check_activation(kOp, "q", q);
+  check_estimated(kOp, "q", q);
+  check_key_cells(kOp, {"k_cells", k_cells}, {"k_factors", k_factors}, "q", q, -1);
+  check_gqa(kOp, "q", q.size(1), "k_cells", k_cells.size(1));
+  PRISM_CHECK(k_len >= 0 && ceil_div(k_len, kCellTokens) <= k_cells.size(2), kOp, "k_len is ",
+              k_len, "; allowed: 0 to the ", k_cells.size(2), " cells of k_cells times ",
+              kCellTokens);
+  const GridSettings settings = check_settings(kOp, q, top_p, keep_sink, keep_recent, keep_above,
+                                               scale, causal, q_block_size, k_block_size);
+  if (q.is_cpu()) {
+    const auto outputs = call_reference<2>(kOp, q, k_cells, k_factors, k_len, top_p, keep_sink,
+                                           keep_recent, keep_above,
+                                           std::optional<double>(settings.scale), causal,
+                                           q_block_size, k_block_size);
+    return {take_tensor(outputs[0]), take_tensor(outputs[1])};
+  }
+#ifdef PRISM_WITH_CUDA
+  EstimateGridParams params = {};
+  params.k_cells = cell_stats(k_cells, k_factors);
+  return select_on_grid(kOp, "k_len", q, k_cells.size(1), k_len, params, settings);
 #else
   fail_without_cuda(kOp);
 #endif

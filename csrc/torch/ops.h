@@ -50,6 +50,15 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          std::optional<double> scale, bool causal,
                                          int64_t q_block_size, int64_t k_block_size);
 
+// The same in two steps: cells of keys, written in place as they come, and a selection from them.
+void pool_cells_(const Tensor& x, Tensor cells, Tensor factors, int64_t start);
+std::tuple<Tensor, Tensor> select_grid(const Tensor& q, const Tensor& k_cells,
+                                       const Tensor& k_factors, int64_t k_len, double top_p,
+                                       int64_t keep_sink, int64_t keep_recent,
+                                       std::optional<double> keep_above,
+                                       std::optional<double> scale, bool causal,
+                                       int64_t q_block_size, int64_t k_block_size);
+
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& bits, const Tensor& counts,
                                             std::optional<double> scale, bool causal,

@@ -46,6 +46,20 @@ cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* byte
   return error;
 }
 
+cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream) {
+  if (params.batch == 0 || params.heads == 0 || params.length == 0) {
+    return cudaSuccess;
+  }
+  switch (params.head_dim) {
+    case 64:
+      return launch_pool_cells<64>(params, stream);
+    case 128:
+      return launch_pool_cells<128>(params, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
 cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream) {
   if (params.select.q_heads / params.select.kv_heads * params.select.q_blocks > INT32_MAX) {
     return cudaErrorInvalidConfiguration;

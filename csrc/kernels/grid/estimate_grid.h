@@ -11,6 +11,9 @@ namespace prism {
 // Bytes of params.select.workspace (16-byte aligned) on the current device.
 cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* bytes);
 
+// Pools the cells of keys from `first_cell` on: what launch_estimate_grid takes as k_cells.
+cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream);
+
 // A block mask from q and k: block masses by a softmax over means of 16 queries and 16 keys, with
 // the keys' variance; top-p or a threshold on them; sink and recent blocks. Two launches.
 // Deterministic. `sm` is 10 * major + minor of the current device: launches overlap from 90 on.

@@ -40,29 +40,37 @@ inline bool is_pool_aligned(const TensorView& x) {
   return strides % kPoolVector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
+inline CellTask cell_task(const TensorView& x, const CellStats& cells, int64_t batch, int64_t heads,
+                          int64_t first_cell, int64_t length) {
+  const int64_t count = cells_of(length);
+  return {x, cells, heads, length, first_cell, count, batch * heads * count};
+}
+
 template <int kHeadDim>
-cudaError_t launch_pool_cells(const EstimateGridParams& params, const GridWorkspace& workspace,
+cudaError_t launch_pool_tasks(const PoolCellsArguments& arguments, DType dtype,
                               cudaStream_t stream) {
-  const SelectBlocksParams& select = params.select;
-  const auto task = [&](const TensorView& x, uint4* cells, float* factors, int64_t heads,
-                        int64_t length) {
-    const int64_t count = cells_of(length);
-    return CellTask{x, cells, factors, heads, length, count, select.batch * heads * count};
-  };
-  const PoolCellsArguments arguments = {
-      task(params.q, workspace.q_cells, workspace.q_factors, select.q_heads, select.q_len),
-      task(params.k, workspace.k_cells, workspace.k_factors, select.kv_heads, select.k_len),
-      params.scale};
   constexpr int kCtaCells = kPoolThreads * kPoolVector / kHeadDim;
   const int64_t grid = (arguments.q.count + arguments.k.count + kCtaCells - 1) / kCtaCells;
-  const bool aligned = is_pool_aligned(params.q) && is_pool_aligned(params.k);
+  const auto is_aligned = [](const CellTask& task) {
+    return task.count == 0 || is_pool_aligned(task.x);
+  };
+  const bool aligned = is_aligned(arguments.q) && is_aligned(arguments.k);
   const auto launch_as = [&](auto element) {
     using Element = decltype(element);
     const auto kernel = aligned ? pool_cells_kernel<Element, kHeadDim, true>
                                 : pool_cells_kernel<Element, kHeadDim, false>;
     return launch_kernel(kernel, {grid, kPoolThreads, 0}, stream, arguments);
   };
-  return params.dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
+  return dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
+}
+
+template <int kHeadDim>
+cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream) {
+  const PoolCellsArguments arguments = {{},
+                                        cell_task(params.x, params.cells, params.batch,
+                                                  params.heads, params.first_cell, params.length),
+                                        1.f};
+  return launch_pool_tasks<kHeadDim>(arguments, params.dtype, stream);
 }
 
 template <typename Shape>
@@ -82,13 +90,20 @@ cudaError_t launch_score_cells(const EstimateGridParams& params, int64_t ctas, b
 template <int kHeadDim>
 cudaError_t launch_grid(const EstimateGridParams& params, int64_t ctas, int sm,
                         cudaStream_t stream) {
-  const cudaError_t error =
-      launch_pool_cells<kHeadDim>(params, GridWorkspace(params, ctas), stream);
+  const SelectBlocksParams& select = params.select;
+  const GridWorkspace workspace(params, ctas);
+  PoolCellsArguments pool = {};
+  pool.q = cell_task(params.q, workspace.q, select.batch, select.q_heads, 0, select.q_len);
+  if (params.k_cells.vectors == nullptr) {
+    pool.k = cell_task(params.k, workspace.k, select.batch, select.kv_heads, 0, select.k_len);
+  }
+  pool.scale = params.scale;
+  const cudaError_t error = launch_pool_tasks<kHeadDim>(pool, params.dtype, stream);
   if (error != cudaSuccess) {
     return error;
   }
   const bool overlaps = sm >= 90;
-  return params.select.k_block_size == 64
+  return select.k_block_size == 64
              ? launch_score_cells<GridShape<kHeadDim, 4>>(params, ctas, overlaps, stream)
              : launch_score_cells<GridShape<kHeadDim, 8>>(params, ctas, overlaps, stream);
 }

@@ -15,6 +15,9 @@ cudaError_t launch_grid(const EstimateGridParams& params, int64_t ctas, int sm,
                         cudaStream_t stream);
 
 template <int kHeadDim>
+cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream);
+
+template <int kHeadDim>
 void describe_grid(std::vector<KernelInfo>& kernels);
 
 }  // namespace prism

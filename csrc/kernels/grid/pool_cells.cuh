@@ -21,13 +21,13 @@ constexpr int kPoolVector = 8;  // dimensions of a thread: 16 bytes of a row
 
 // One tensor whose cells are pooled.
 struct CellTask {
-  TensorView x;
-  uint4* cells;
-  float* factors;
+  TensorView x;  // from the first token of `first_cell` on
+  CellStats cells;
   int64_t heads;
   int64_t length;
-  int64_t cells_of_head;
-  int64_t count;  // cells of all heads and batch elements
+  int64_t first_cell;
+  int64_t cells_of_head;  // that are pooled
+  int64_t count;          // of all heads and batch elements
 };
 
 struct PoolCellsArguments {
@@ -73,12 +73,14 @@ __global__ void __launch_bounds__(kPoolThreads)
   const bool is_key = place >= arguments.q.count;
   const CellTask& task = is_key ? arguments.k : arguments.q;
   const int64_t index = is_key ? place - arguments.q.count : place;
-  const int64_t head = index / task.cells_of_head;  // over the batch
-  const int64_t first_token = index % task.cells_of_head * kCellTokens;
+  const int64_t cell = index % task.cells_of_head;
+  const int64_t batch = index / task.cells_of_head / task.heads;
+  const int64_t head = index / task.cells_of_head % task.heads;
+  const int64_t first_token = cell * kCellTokens;
   const int tokens = static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
   const Element* source =
-      static_cast<const Element*>(task.x.data) + head / task.heads * task.x.batch_stride +
-      head % task.heads * task.x.head_stride + first_token * task.x.row_stride + lane * kPoolVector;
+      static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
+      head * task.x.head_stride + first_token * task.x.row_stride + lane * kPoolVector;
   CellPack<Element> packs[kCellTokens];
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {
@@ -130,16 +132,18 @@ __global__ void __launch_bounds__(kPoolThreads)
   if (thread / kLanes >= all) {
     return;
   }
-  uint4* cell = task.cells + index * (2 * kLanes);
-  cell[lane] = to_halves(mean, range.scale);
-  cell[kLanes + lane] = to_halves(second, range.scale);
+  const int64_t place_of_head = task.first_cell + cell;
+  uint4* vector =
+      reinterpret_cast<uint4*>(task.cells.vectors_of(batch, head)) + place_of_head * (2 * kLanes);
+  vector[lane] = to_halves(mean, range.scale);
+  vector[kLanes + lane] = to_halves(second, range.scale);
   if (lane == 0) {
     float factor = range.inverse;
     if (!is_key) {
       // Above 0, for the logits of hidden cells are -inf times it.
       factor = fmaxf(factor * arguments.scale * kLog2E, FLT_MIN);
     }
-    task.factors[index] = finite ? factor : NAN;
+    task.cells.factors_of(batch, head)[place_of_head] = finite ? factor : NAN;
   }
 }
 

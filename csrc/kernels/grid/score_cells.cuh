@@ -99,6 +99,10 @@ class GridCta {
   // query block, so that units side by side see the same keys.
   __device__ void run(int64_t kv_head, int first_unit) {
     kv_head_ = kv_head;
+    const int64_t batch = kv_head / params_.select.kv_heads;
+    const int64_t head = kv_head % params_.select.kv_heads;
+    key_vectors_ = reinterpret_cast<const uint4*>(workspace_.k.vectors_of(batch, head));
+    key_factors_ = workspace_.k.factors_of(batch, head);
     first_unit_ = first_unit;
     const int cta_units = kCtaRows >> row_shift_;
     const int cta_visible = last_visible(first_unit + cta_units);
@@ -165,10 +169,9 @@ class GridCta {
     if (tile < tiles) {
       constexpr int kCellsAtOnce = Shape::kThreads / Shape::kChunks;
       auto& target = shared_.stages[stage];
-      const int64_t head_cell = kv_head_ * k_cells_;
       const int chunk = static_cast<int>(threadIdx.x) % Shape::kChunks;
       const int first = static_cast<int>(threadIdx.x) / Shape::kChunks;
-      const uint4* head = workspace_.k_cells + head_cell * Shape::kChunks + chunk;
+      const uint4* head = key_vectors_ + chunk;
       const int last_cell = k_cells_ - 1 - tile * kTileCells;  // of the tile
 #pragma unroll
       for (int i = 0; i < kTileCells / kCellsAtOnce; ++i) {
@@ -180,7 +183,7 @@ class GridCta {
       if (threadIdx.x < kTileCells) {
         const int cell = static_cast<int>(threadIdx.x);
         copy_ahead<4>(&target.factors[cell],
-                      workspace_.k_factors + head_cell + tile * kTileCells + min(cell, last_cell));
+                      key_factors_ + tile * kTileCells + min(cell, last_cell));
       }
     }
     asm volatile("cp.async.commit_group;\n" ::: "memory");
@@ -243,10 +246,10 @@ class GridCta {
       const int64_t place = max(find_row(base_row + 8 * i, visible), int64_t{0});
       if (lane() % 4 == 0) {
         shared_.visible[base_row + 8 * i] = visible;
-        shared_.factors[base_row + 8 * i] = workspace_.q_factors[place];
+        shared_.factors[base_row + 8 * i] = workspace_.q.factors[place];
       }
-      sources[i] = reinterpret_cast<const uint32_t*>(workspace_.q_cells + place * Shape::kChunks) +
-                   lane() % 4;
+      sources[i] = static_cast<const uint32_t*>(workspace_.q.vectors) +
+                   place * (4 * Shape::kChunks) + lane() % 4;
     }
     __syncwarp();
 #pragma unroll
@@ -492,6 +495,8 @@ class GridCta {
   int block_rows_;       // query cells of a query block
   int units_;            // of a key head
   int64_t kv_head_ = 0;  // over the batch
+  const uint4* key_vectors_ = nullptr;
+  const float* key_factors_ = nullptr;
   int first_unit_ = 0;
 };
 

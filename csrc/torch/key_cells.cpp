@@ -1,0 +1,52 @@
+#include "torch/key_cells.h"
+
+namespace prism {
+
+namespace {
+
+void check_dtype(const char* op, NamedTensor x, ScalarType dtype, const char* words) {
+  PRISM_CHECK(x.tensor.scalar_type() == dtype, op, x.name, " has dtype ",
+              torch::headeronly::toString(x.tensor.scalar_type()), "; expected ", words);
+}
+
+}  // namespace
+
+void check_key_cells(const char* op, NamedTensor cells, NamedTensor factors, const char* like_name,
+                     const Tensor& like, int64_t heads) {
+  check_same_device(op, cells.name, cells.tensor, like_name, like);
+  check_same_device(op, factors.name, factors.tensor, like_name, like);
+  check_dtype(op, cells, ScalarType::Half, "Half (float16)");
+  check_dtype(op, factors, ScalarType::Float, "Float (float32)");
+  const Tensor& x = cells.tensor;
+  const int64_t width = 2 * like.size(3);
+  PRISM_CHECK(x.dim() == 4 && x.size(0) == like.size(0) && (heads < 0 || x.size(1) == heads) &&
+                  x.size(3) == width,
+              op, cells.name, " has shape ", shape_string(x), "; expected (", like.size(0),
+              ", heads, cells, ", width, "): batch, key heads and twice the head_dim of ",
+              like_name);
+  check_shape(op, factors.name, factors.tensor, {x.size(0), x.size(1), x.size(2)},
+              cells.name);
+  const bool dense_rows = x.stride(3) == 1 && (x.size(2) <= 1 || x.stride(2) == width);
+  PRISM_CHECK(x.numel() == 0 || dense_rows, op, cells.name,
+              " has last strides (", x.stride(2), ", ", x.stride(3), "); expected (", width,
+              ", 1)");
+  PRISM_CHECK(x.size(2) <= 1 || factors.tensor.stride(2) == 1, op, factors.name,
+              " has last stride ", factors.tensor.stride(2), "; expected 1");
+  PRISM_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % 8 == 0 &&
+                  x.stride(1) % 8 == 0,
+              op, cells.name, " is not aligned; expected its start and strides to be multiples of ",
+              "16 bytes");
+}
+
+CellStats cell_stats(const Tensor& cells, const Tensor& factors) {
+  CellStats stats;
+  stats.vectors = cells.data_ptr();
+  stats.factors = static_cast<float*>(factors.data_ptr());
+  stats.vector_batch_stride = cells.stride(0);
+  stats.vector_head_stride = cells.stride(1);
+  stats.factor_batch_stride = factors.stride(0);
+  stats.factor_head_stride = factors.stride(1);
+  return stats;
+}
+
+}  // namespace prism

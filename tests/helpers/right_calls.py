@@ -108,6 +108,28 @@ def pool_append_call(sizes: Right, device: str) -> Arguments:
     return {"x": x, "means": means, "sums": sums, "start": start, "block_size": sizes.blocks[0]}
 
 
+def pool_cells_call(sizes: Right, device: str) -> Arguments:
+    """The cells have room for one more than they need."""
+    x, start = tensors(sizes, device)["k"], 48
+    cells = (*x.shape[:2], oracle.ceil_div(start + sizes.k_len, oracle.CELL) + 1)
+    return {
+        "x": x,
+        "cells": torch.zeros(*cells, 2 * sizes.head_dim, dtype=torch.half, device=device),
+        "factors": torch.zeros(cells, device=device),
+        "start": start,
+    }
+
+
+def select_grid_call(sizes: Right, device: str) -> Arguments:
+    build = call_of("q", selects=True, bands=False, attends=True)
+    cells = (sizes.batch, sizes.kv_heads, oracle.ceil_div(sizes.k_len, oracle.CELL) + 1)
+    return build(sizes, device) | {
+        "k_cells": torch.ones(*cells, 2 * sizes.head_dim, dtype=torch.half, device=device),
+        "k_factors": torch.ones(cells, device=device),
+        "k_len": sizes.k_len,
+    }
+
+
 @functools.cache
 def ragged_tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
     """The sequences of tensors() packed, and their keys in pages as well."""

@@ -10,12 +10,14 @@ import torch
 from prism_cuda import _ops, functional, recording
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
-from prism_cuda.reference import CELL_TOKENS
+from prism_cuda.reference import CELL_TOKENS, cell_width
 
 _Result = TypeVar("_Result")
 
-# What prism::pool_append_ keeps of an unfinished block, a head: float32 partial sums.
-_RUNNING_SUMS = 1024
+
+def running_sums(head_dim: int) -> int:
+    """Partial sums that prism::pool_append_ keeps of an unfinished block, per dimension."""
+    return 16 if head_dim <= 64 else 8 if head_dim <= 128 else 4
 
 
 class _KeyMeans:
@@ -33,7 +35,7 @@ class _KeyMeans:
         blocks = -(-max_len // config.block_sizes[1])
         self.means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
         self._sums = torch.empty(
-            (*heads, _RUNNING_SUMS // head_dim, head_dim), dtype=torch.float32, device=device
+            (*heads, running_sums(head_dim), head_dim), dtype=torch.float32, device=device
         )
 
     def append(self, k: torch.Tensor, start: int) -> None:
@@ -71,7 +73,8 @@ class _KeyCells:
     ) -> None:
         self._config = config
         cells = -(-max_len // CELL_TOKENS)
-        self._cells = torch.empty((*heads, cells, 2 * head_dim), dtype=torch.half, device=device)
+        width = 2 * cell_width(head_dim)
+        self._cells = torch.empty((*heads, cells, width), dtype=torch.half, device=device)
         self._factors = torch.empty((*heads, cells), dtype=torch.float32, device=device)
         self._unfinished: torch.Tensor | None = None  # the keys of the last cell, fewer than 16
 
@@ -103,9 +106,9 @@ class ChunkedPrefill:
         length: tokens whose keys have been pooled.
 
     Args:
-        batch, kv_heads, head_dim: of k; head_dim is 64 or 128.
+        batch, kv_heads, head_dim: of k; head_dim is a multiple of 8 up to 256, for the grid 128.
         max_len: tokens that the prompt may grow to. A key head takes 4 * head_dim bytes a block
-            with the bands, and 4 * head_dim + 4 bytes for every 16 tokens with the grid.
+            with the bands, with the grid 260 or 516 (head_dim over 64) for every 16 tokens.
         config: settings; what it rules out (short chunks, few keys) runs as dense attention, as in
             :func:`prism_cuda.prefill`, and is pooled all the same.
         device: where k lives.
@@ -125,11 +128,12 @@ class ChunkedPrefill:
         config: PrismConfig | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
-        if head_dim not in functional.HEAD_DIMS:
-            raise ValueError(
-                f"ChunkedPrefill: head_dim is {head_dim}; expected one of {functional.HEAD_DIMS}"
-            )
         self._config = config or PrismConfig()
+        largest = functional.MAX_HEAD_DIM[self._config.estimator]
+        if head_dim % 8 or not 0 < head_dim <= largest:
+            raise ValueError(
+                f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
+            )
         _ops.load()
         self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
@@ -183,8 +187,8 @@ class ChunkedPrefill:
             out like q, or (out, mask).
 
         Raises:
-            ValueError: if k has fewer tokens than were pooled, if config's top_p or dense_heads do
-                not fit q's heads, or as for :meth:`append`.
+            ValueError: if k has fewer tokens than were pooled, if config's top_p, bands or
+                dense_heads do not fit q's heads, or as for :meth:`append`.
             RuntimeError: if the tensors do not fit each other.
         """
         if k.dim() == 4 and k.shape[2] < self.length:

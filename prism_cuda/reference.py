@@ -348,19 +348,27 @@ def _select_by_cells(
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
 
 
+def cell_width(head_dim: int) -> int:
+    """Dimensions of a mean, or a variance, in the cells of :func:`pool_cells_`."""
+    return 64 if head_dim <= 64 else 128
+
+
 def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, start: int) -> None:
     """Pool the cells of a growing sequence of keys, in place, from ``start`` on.
 
     Args:
         x: (B, H, L, D), the tokens from position ``start`` on, a multiple of 16. An unfinished cell
             has to be given again, from its beginning, once it has more tokens.
-        cells: float16 (B, H, N, 2 D): mean and variance of every cell, brought by a power of two
-            into float16's range.
+        cells: float16 (B, H, N, 2 W), W as :func:`cell_width` has it: mean and variance of every
+            cell, zeros behind the D dimensions of each, brought into float16's range by a power of
+            two.
         factors: float32 (B, H, N): what a cell is to be multiplied by; NaN where it is not finite.
     """
     if x.numel() == 0:
         return
     vectors = cell_statistics(x).float()
+    pad = cell_width(x.shape[3]) - x.shape[3]
+    vectors = torch.nn.functional.pad(vectors.unflatten(3, (2, -1)), (0, pad)).flatten(3)
     largest = vectors.abs().amax(-1, keepdim=True)
     finite = largest.isfinite()
     _, exponent = torch.frexp(largest.clamp_min(2.0**-100))
@@ -387,6 +395,7 @@ def select_grid(
     """:func:`estimate_grid` with the first k_len keys' cells as :func:`pool_cells_` left them."""
     used = -(-k_len // CELL_TOKENS)
     vectors = (k_cells.float() * k_factors.unsqueeze(-1))[:, :, :used]
+    vectors = vectors.unflatten(3, (2, -1))[..., : q.shape[3]].flatten(3)
     rules = (top_p, keep_sink, keep_recent, keep_above, scale, causal, q_block_size, k_block_size)
     return _select_by_cells(q, vectors, k_len, *rules)
 

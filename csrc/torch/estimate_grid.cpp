@@ -89,6 +89,7 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          int64_t q_block_size, int64_t k_block_size) {
   constexpr const char* kOp = "estimate_grid";
   check_qk(kOp, q, k);
+  check_grid_head_dim(kOp, "q", q);
   const GridSettings settings = check_settings(kOp, q, top_p, keep_sink, keep_recent, keep_above,
                                                scale, causal, q_block_size, k_block_size);
   if (q.is_cpu()) {
@@ -114,7 +115,7 @@ std::tuple<Tensor, Tensor> select_grid(const Tensor& q, const Tensor& k_cells,
                                        int64_t q_block_size, int64_t k_block_size) {
   constexpr const char* kOp = "select_grid";
   check_activation(kOp, "q", q);
-  check_estimated(kOp, "q", q);
+  check_grid_head_dim(kOp, "q", q);
   check_key_cells(kOp, {"k_cells", k_cells}, {"k_factors", k_factors}, "q", q, -1);
   check_gqa(kOp, "q", q.size(1), "k_cells", k_cells.size(1));
   PRISM_CHECK(k_len >= 0 && ceil_div(k_len, kCellTokens) <= k_cells.size(2), kOp, "k_len is ",

@@ -18,12 +18,11 @@ void check_key_cells(const char* op, NamedTensor cells, NamedTensor factors, con
   check_dtype(op, cells, ScalarType::Half, "Half (float16)");
   check_dtype(op, factors, ScalarType::Float, "Float (float32)");
   const Tensor& x = cells.tensor;
-  const int64_t width = 2 * like.size(3);
+  const int64_t width = 2 * estimation_width(like.size(3));
   PRISM_CHECK(x.dim() == 4 && x.size(0) == like.size(0) && (heads < 0 || x.size(1) == heads) &&
                   x.size(3) == width,
               op, cells.name, " has shape ", shape_string(x), "; expected (", like.size(0),
-              ", heads, cells, ", width, "): batch, key heads and twice the head_dim of ",
-              like_name);
+              ", key heads, cells, ", width, ") for ", like_name, " of head_dim ", like.size(3));
   check_shape(op, factors.name, factors.tensor, {x.size(0), x.size(1), x.size(2)},
               cells.name);
   const bool dense_rows = x.stride(3) == 1 && (x.size(2) <= 1 || x.stride(2) == width);

@@ -16,7 +16,7 @@ constexpr const char* kOp = "pool_cells_";
 
 void pool_cells_(const Tensor& x, Tensor cells, Tensor factors, int64_t start) {
   check_activation(kOp, "x", x);
-  check_estimated(kOp, "x", x);
+  check_grid_head_dim(kOp, "x", x);
   check_key_cells(kOp, {"cells", cells}, {"factors", factors}, "x", x, x.size(1));
   PRISM_CHECK(cells.is_contiguous(), kOp, "cells is not contiguous; expected contiguous");
   PRISM_CHECK(factors.is_contiguous(), kOp, "factors is not contiguous; expected contiguous");

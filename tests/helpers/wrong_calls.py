@@ -23,7 +23,9 @@ from helpers.right_calls import (
     call_of,
     estimate_varlen_call,
     pool_append_call,
+    pool_cells_call,
     select_blocks_call,
+    select_grid_call,
     tensors,
     varlen_call,
 )
@@ -141,7 +143,7 @@ def same(n: int, _: Site) -> bool:
 
 
 def estimated_head_dim(n: int, _: Site) -> bool:
-    return n in (64, 128)
+    return n % 8 == 0 and 0 < n <= 256
 
 
 def whole_groups_of_kv(n: int, site: Site) -> bool:
@@ -215,6 +217,28 @@ MASK = (
 VECTOR = (rank, size(0, same), gaps, on_meta, NOT_A_TENSOR)
 SINKS = (dtypes(torch.float32), *VECTOR)
 LENGTHS = (dtypes(torch.int32), *VECTOR)
+
+CELLS = (
+    dtypes(torch.float16),
+    rank,
+    size(0, same),
+    size(3, same),
+    last_stride,
+    transposed,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
+FACTORS = (
+    dtypes(torch.float32),
+    rank,
+    size(0, same),
+    size(2, same),
+    last_stride,
+    on_meta,
+    ABSENT,
+    NOT_A_TENSOR,
+)
 
 STATE = (
     dtypes(torch.float32),
@@ -295,6 +319,24 @@ def _appended_fits(name: str) -> Callable[[int, Site], bool]:
     return fits
 
 
+def _celled_fits(name: str) -> Callable[[int, Site], bool]:
+    """Whether the cells have room if this size of the call is n."""
+
+    def fits(n: int, site: Site) -> bool:
+        sizes = {"start": site.arguments["start"], "length": site.arguments["x"].shape[2]}
+        sizes |= {name: n}
+        start, capacity = sizes["start"], site.arguments["cells"].shape[2] * oracle.CELL
+        return start >= 0 and start % oracle.CELL == 0 and start + sizes["length"] <= capacity
+
+    return fits
+
+
+def _has_cells(n: int, site: Site) -> bool:
+    return 0 <= n <= site.arguments["k_cells"].shape[2] * oracle.CELL
+
+
+START_OF_CELL = integers_but(_celled_fits("start"))
+CELLED_LENGTH = integers_but(_has_cells)
 BLOCK_SIZE = integers_but(lambda n, _: n in (64, 128))
 BLOCK_SIZE_OF_PAIR = integers_but(_pair_fits)
 LENGTH = integers_but(_length_fits)
@@ -387,9 +429,7 @@ IN_PAGES = {
     ),
 }
 VARLEN = (
-    MASKED
-    | SEQUENCES
-    | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
+    MASKED | SEQUENCES | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
 )
 ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 
@@ -433,6 +473,34 @@ OPS: dict[str, Op] = {
     "estimate_grid": Op(
         call_of("q", "k", selects=True, bands=False, attends=True),
         RULES | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS), "scale": SCALE},
+    ),
+    "pool_cells_": Op(
+        pool_cells_call,
+        {
+            "x": (
+                *activation(),
+                other_supported_head_dim,
+                size(0, same),
+                size(1, same),
+                size(2, _celled_fits("length")),
+                on_meta,
+                ABSENT,
+            ),
+            "cells": (*CELLS, size(1, same), gaps, size(2, same)),
+            "factors": (*FACTORS, size(1, same), gaps),
+            "start": START_OF_CELL,
+        },
+    ),
+    "select_grid": Op(
+        select_grid_call,
+        RULES
+        | {
+            "q": (*activation(), other_supported_head_dim, on_meta, ABSENT, size(0, same), Q_HEADS),
+            "k_cells": (*CELLS, K_HEADS, size(2, same)),
+            "k_factors": (*FACTORS, size(1, same)),
+            "k_len": CELLED_LENGTH,
+            "scale": SCALE,
+        },
     ),
     "sparse_attention": Op(
         call_of("q", "k", "v", "bits", "counts", "sinks", attends=True),

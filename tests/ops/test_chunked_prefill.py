@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import inputs, oracle
+from helpers.compare import check_selection
 
 import prism_cuda
 from prism_cuda import ChunkedPrefill, PrismConfig
@@ -16,6 +17,7 @@ from prism_cuda.block_mask import BlockMask
 HEADS, KV_HEADS, DIM = 4, 2, 64
 EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
 SPARSE = PrismConfig(block_size=64, top_p=0.8, dense_below=0)
+GRID = replace(SPARSE, estimator="grid")
 CUTS = {
     "blocks": (256, 512, 256),
     "odd": (100, 333, 70, 521),
@@ -52,6 +54,15 @@ def chunks(qkv: Qkv, cuts: tuple[int, ...]) -> Iterator[Qkv]:
         yield q[:, :, end - size : end], k[:, :, :end], v[:, :, :end]
 
 
+def means_of(k: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Pooled in one call of the op that the chunks use: on the CPU it adds in another order."""
+    shape = (*k.shape[:2], oracle.ceil_div(k.shape[2], block_size), k.shape[3])
+    means = torch.empty(shape, dtype=torch.float32, device=k.device)
+    sums = torch.empty((*k.shape[:2], 16, k.shape[3]), dtype=torch.float32, device=k.device)
+    torch.ops.prism.pool_append_(k, means, sums, 0, block_size)
+    return means
+
+
 def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
     return float((out.double() - want).norm() / want.norm())
 
@@ -75,15 +86,13 @@ def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
     chunked = state(config, device)
     for q, k, v in chunks(prompt(device), cuts):
         out, mask = chunked.prefill(q, k, v, return_mask=True)
-        whole = state(config, device)
-        whole.append(k)
-        assert torch.equal(chunked.means, whole.means)
+        means = means_of(k, k_block)
         assert chunked.length == k.shape[2]
         if q.shape[2] < q_block:
             assert mask is None
             continue
         bits, counts = torch.ops.prism.select_blocks(
-            torch.ops.prism.block_pool(q, q_block), whole.means, q.shape[2], k.shape[2],
+            torch.ops.prism.block_pool(q, q_block), means, q.shape[2], k.shape[2],
             *config.resolve_bands(DIM).ranges, config.top_p,
             q_block_size=q_block, k_block_size=k_block,
         )  # fmt: skip
@@ -92,11 +101,47 @@ def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
         assert torch.equal(out, prism_cuda.sparse_attention(q, k, v, mask))
 
 
-def test_on_cuda_a_chunk_is_prefill_over_all_keys(cuda: str) -> None:
-    """The means are those of block_pool there, so that nothing differs from reading all keys."""
-    chunked = state(SPARSE, cuda)
+@pytest.mark.parametrize("config", [SPARSE, GRID], ids=["bands", "grid"])
+def test_on_cuda_a_chunk_is_prefill_over_all_keys(cuda: str, config: PrismConfig) -> None:
+    """What is kept is what pooling all keys gives there, so that nothing differs."""
+    chunked = state(config, cuda)
     for q, k, v in chunks(prompt(cuda), CUTS["odd"]):
-        assert torch.equal(chunked.prefill(q, k, v), prism_cuda.prefill(q, k, v, config=SPARSE))
+        assert torch.equal(chunked.prefill(q, k, v), prism_cuda.prefill(q, k, v, config=config))
+
+
+def test_on_the_grid_chunks_of_whole_blocks_are_one_call(cuda: str) -> None:
+    """Nothing that it selects with depends on the call: outputs are the same, bit by bit."""
+    q, k, v = prompt(cuda)
+    want, whole = prism_cuda.prefill(q, k, v, config=GRID, return_mask=True)
+    chunked = state(GRID, cuda)
+    results = [
+        chunked.prefill(*chunk, return_mask=True) for chunk in chunks((q, k, v), CUTS["blocks"])
+    ]
+    assert torch.equal(torch.cat([out for out, _ in results], 2), want)
+    kept = torch.cat([pad(mask, whole) for _, mask in results], 2)
+    assert torch.equal(kept, whole.to_dense())
+    assert 0.1 < whole.density() < 0.9
+
+
+def pad(mask: BlockMask | None, whole: BlockMask) -> torch.Tensor:
+    assert mask is not None
+    keep = mask.to_dense()
+    return torch.nn.functional.pad(keep, (0, whole.to_dense().shape[3] - keep.shape[3]))
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+def test_on_the_grid_a_chunk_selects_from_the_cells_of_all_keys_so_far(
+    device: str, cuts: tuple[int, ...]
+) -> None:
+    chunked = state(GRID, device)
+    for q, k, v in chunks(prompt(device), cuts):
+        out, mask = chunked.prefill(q, k, v, return_mask=True)
+        assert chunked.length == k.shape[2]
+        if mask is None:
+            continue
+        rules = {"keep_above": GRID.threshold(0.8), "q_block_size": 64, "k_block_size": 64}
+        check_selection(mask.to_dense(), oracle.select_grid(q, k, 0.8, **rules))
+        assert torch.equal(out, prism_cuda.sparse_attention(q, k, v, mask))
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
@@ -129,6 +174,33 @@ def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
         assert error < 0.07
         nothing = prism_cuda.prefill(q, k, v, config=replace(config, top_p=0.0))
         assert relative_error(nothing, want) > 0.2
+
+
+def test_settings_per_head_are_those_of_each_head_alone(device: str) -> None:
+    of_heads = [(16, 32), (32, 48), "auto", (16, 32)]
+    config = PrismConfig(block_size=64, bands=of_heads, top_p=[0.8] * 3 + [0.6], dense_below=0)
+    together = state(config, device)
+    alone = [
+        state(replace(config, bands=own, top_p=config.top_p[head]), device)
+        for head, own in enumerate(of_heads)
+    ]
+    for chunk in chunks(prompt(device), CUTS["odd"]):
+        out, mask = together.prefill(*chunk, return_mask=True)
+        for head, one in enumerate(alone):
+            want, want_mask = one.prefill(*chunk, return_mask=True)
+            assert torch.equal(out[:, head], want[:, head])
+            assert torch.equal(mask.bits[:, head], want_mask.bits[:, head])
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_other_head_dims_at_p_1_equal_dense_attention(device: str, head_dim: int) -> None:
+    q, k = inputs.structured_qk(HEADS, KV_HEADS, 1024, 1024, head_dim, device, 3)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    qkv = (q.to(dtype), k.to(dtype), inputs.tensor(tuple(k.shape), dtype, device, seed=4))
+    chunked = ChunkedPrefill(1, KV_HEADS, head_dim, 1024, config=EXACT, device=device)
+    out = torch.cat([chunked.prefill(*chunk) for chunk in chunks(qkv, CUTS["odd"])], dim=2)
+    tolerance = 1e-4 if device == "cpu" else 2e-2
+    torch.testing.assert_close(out.double(), dense(*qkv), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("start", [1, 63, 64, 65, 100, 127])
@@ -175,8 +247,9 @@ def test_chunks_are_recorded(device: str) -> None:
 
 def test_wrong_calls_are_refused(device: str) -> None:
     q, k, v = prompt(device)
-    with pytest.raises(ValueError, match=r"head_dim is 256.*64, 128"):
-        ChunkedPrefill(1, 2, 256, 1024, device=device)
+    for head_dim in (0, 60, 264):
+        with pytest.raises(ValueError, match=rf"head_dim is {head_dim};.*multiple of 8 up to 256"):
+            ChunkedPrefill(1, 2, head_dim, 1024, device=device)
     chunked = state(SPARSE, device, max_len=500)
     with pytest.raises(ValueError, match=r"1024 tokens after 0 exceed max_len 500"):
         chunked.append(k)
@@ -202,7 +275,3 @@ def test_settings_for_another_number_of_heads_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
         state(replace(SPARSE, top_p=(0.3, 0.6, 0.6)), device).prefill(*prompt(device))
 
-
-def test_the_grid_is_refused(device: str) -> None:
-    with pytest.raises(ValueError, match="estimator is 'grid'; expected 'bands'"):
-        state(replace(SPARSE, estimator="grid"), device)

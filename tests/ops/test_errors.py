@@ -30,6 +30,14 @@ def activation(device: str, heads: int, length: int = 130, **options: Any) -> to
     return torch.ones(2, heads, length, 64, **{"device": device, "dtype": torch.bfloat16} | options)
 
 
+def cells(device: str, prefix: str) -> Arguments:
+    """Room for the cells of 224 keys of two heads."""
+    return {
+        prefix + "cells": torch.ones(2, 2, 14, 128, device=device, dtype=torch.half),
+        prefix + "factors": torch.ones(2, 2, 14, device=device),
+    }
+
+
 def good(name: str, device: str) -> Arguments:
     """Arguments of a right call: 4 query heads, 2 kv heads, 130 queries, 200 keys."""
     if name == "block_pool":
@@ -60,6 +68,10 @@ def good(name: str, device: str) -> Arguments:
         return {**qkv, **SELECTION, **BLOCKS}
     if name == "estimate_blocks":
         return {"q": qkv["q"], "k": qkv["k"], **SELECTION, **BLOCKS}
+    if name == "pool_cells_":
+        return {"x": activation(device, 2), **cells(device, ""), "start": 48}
+    if name == "select_grid":
+        return {"q": qkv["q"], **cells(device, "k_"), "k_len": 200, "top_p": 0.9, **BLOCKS}
     if name == "estimate_grid":
         return {"q": qkv["q"], "k": qkv["k"], "top_p": 0.9, **BLOCKS}
     bits, counts = oracle.pack_bits(torch.ones(2, 4, 3, 4, dtype=torch.bool, device=device))
@@ -81,6 +93,10 @@ def other_dtype(x: torch.Tensor) -> torch.Tensor:
     return x.half()
 
 
+def odd_start(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x.flatten(), x.flatten()[:4]])[4:].view(x.shape)
+
+
 # (op, argument to change, change, what the message must name)
 ACTIVATION: tuple[tuple[str, Change], ...] = (
     ("float64", lambda x: x.double()),
@@ -96,10 +112,6 @@ WRONG: list[tuple[str, str, str, Change, str]] = [
     (op, "x", what, change, r"\bx\b")
     for op in ("block_pool", "pool_append_")
     for what, change in ACTIVATION
-]
-WRONG += [
-    ("block_pool", "x", "head_dim 96", lambda x: x.repeat(1, 1, 1, 2)[..., :96], r"\bx\b.*64, 128"),
-    ("block_pool", "x", "head_dim 256", lambda x: x.repeat(1, 1, 1, 4), r"\bx\b.*64, 128"),
 ]
 WRONG += [
     (op, "block_size", str(size), to(size), "block_size")
@@ -121,6 +133,31 @@ WRONG += [
     ("pool_append_", "start", "-1", to(-1), "start"),
     ("pool_append_", "start", "beyond the means", to(127), "means.*start"),
     ("pool_append_", "start", "beyond 64 bits", to(2**63 - 1), "means.*start"),
+]
+WRONG += [("pool_cells_", "x", what, change, r"\bx\b") for what, change in ACTIVATION]
+WRONG += [("select_grid", "q", what, change, r"\bq\b") for what, change in ACTIVATION]
+for _op, _prefix in (("pool_cells_", ""), ("select_grid", "k_")):
+    _cells, _factors = _prefix + "cells", _prefix + "factors"
+    WRONG += [
+        (_op, _cells, "bfloat16", lambda x: x.bfloat16(), _cells),
+        (_op, _cells, "other batch", lambda x: x[:1], _cells),
+        (_op, _cells, "other width", lambda x: x.repeat(1, 1, 1, 2), _cells),
+        (_op, _cells, "other rows", lambda x: x.mT.contiguous().mT, _cells),
+        (_op, _cells, "8 byte offset", lambda x: odd_start(x), _cells),
+        (_op, _factors, "float16", lambda x: x.half(), _factors),
+        (_op, _factors, "a cell less", lambda x: x[:, :, 1:].contiguous(), _factors),
+        (_op, _factors, "last stride 2", last_stride_2, _factors),
+    ]
+WRONG += [
+    ("pool_cells_", "start", "within a cell", to(40), "start.*16"),
+    ("pool_cells_", "start", "-16", to(-16), "start"),
+    ("pool_cells_", "start", "beyond the cells", to(112), "cells.*14"),
+    ("pool_cells_", "start", "beyond 64 bits", to(2**63 - 16), "cells"),
+    ("pool_cells_", "cells", "other heads", lambda x: x[:, :1].contiguous(), "cells"),
+    ("select_grid", "k_len", "-1", to(-1), "k_len"),
+    ("select_grid", "k_len", "225", to(225), "k_len.*14"),
+    ("select_grid", "q", "3 heads for 2", lambda x: x[:, :3], r"\bq\b.*3.*k_cells.*2"),
+    ("select_grid", "top_p", "1.5", to(1.5), "top_p"),
 ]
 for _op in ("sparse_attention", "prefill"):
     for _name in ("q", "k", "v"):
@@ -248,6 +285,8 @@ def refuse(name: str, arguments: Arguments, pattern: str) -> None:
         "select_blocks",
         "estimate_blocks",
         "estimate_grid",
+        "pool_cells_",
+        "select_grid",
         "sparse_attention",
         "prefill",
     ],
@@ -315,6 +354,10 @@ def test_float32_is_refused_on_cuda(name: str, cuda: str) -> None:
         ("select_blocks", "k_means"),
         ("pool_append_", "means"),
         ("pool_append_", "sums"),
+        ("pool_cells_", "cells"),
+        ("pool_cells_", "factors"),
+        ("select_grid", "k_cells"),
+        ("select_grid", "k_factors"),
     ],
 )
 def test_tensors_of_two_devices_are_refused(name: str, argument: str, cuda: str) -> None:

@@ -23,11 +23,12 @@ OPS = (
     "estimate_blocks",
     "estimate_blocks_varlen",
     "estimate_grid",
+    "select_grid",
     "sparse_attention",
     "sparse_attention_varlen",
     "prefill",
 )
-MUTATING = ("pool_append_",)
+MUTATING = {"pool_append_": ["means", "sums"], "pool_cells_": ["cells", "factors"]}
 DIFFERENTIABLE = ("block_pool", "sparse_attention", "sparse_attention_varlen", "prefill")
 
 
@@ -55,6 +56,12 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             device,
         )
         return attention.op_arguments(), attention.settings
+    if name in ("pool_cells_", "select_grid"):
+        cells = torch.ones(1, 2, 16, 128, dtype=torch.half, device=device)
+        factors = torch.ones(1, 2, 16, device=device)
+        if name == "pool_cells_":
+            return (qkv(device)[1], cells, factors, 48), {}
+        return (qkv(device)[0], cells, factors, 200, 0.9), {}
     if name == "estimate_grid":
         return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
     if name in ("sparse_attention_varlen", "estimate_blocks_varlen"):
@@ -141,6 +148,9 @@ def test_meta_tensors_of_zero_length(name: str) -> None:
             q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, HIGH, LOW, 0.9
         ),
         "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
+        "select_grid": lambda: torch.ops.prism.select_grid(
+            q, k.new_empty(2, 2, 0, 128, dtype=torch.half), k.new_empty(2, 2, 0), 0, 0.9
+        ),
         "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
         "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
     }
@@ -238,7 +248,7 @@ def test_no_op_claims_to_mutate_or_alias(name: str) -> None:
 def test_an_op_in_place_says_what_it_writes(name: str) -> None:
     schema = op(name)._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == ["means", "sums"]
+    assert written == MUTATING[name]
     assert not schema.returns
 
 

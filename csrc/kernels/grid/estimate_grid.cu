@@ -50,7 +50,7 @@ cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream
   if (params.batch == 0 || params.heads == 0 || params.length == 0) {
     return cudaSuccess;
   }
-  switch (params.head_dim) {
+  switch (estimation_width(params.head_dim)) {
     case 64:
       return launch_pool_cells<64>(params, stream);
     case 128:
@@ -69,7 +69,7 @@ cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaS
   if (error != cudaSuccess || ctas == 0) {
     return error;
   }
-  switch (params.select.head_dim) {
+  switch (estimation_width(params.select.head_dim)) {
     case 64:
       return launch_grid<64>(params, ctas, sm, stream);
     case 128:

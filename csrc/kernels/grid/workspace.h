@@ -38,7 +38,7 @@ struct GridWorkspace {
     };
     const auto take_cells = [&](int64_t heads, int64_t tokens) {
       const int64_t cells = cells_of(tokens);
-      const int64_t width = int64_t{2} * select.head_dim;
+      const int64_t width = 2 * estimation_width(select.head_dim);
       CellStats stats;
       stats.vectors = take(select.batch * heads * cells * width * 2);
       stats.factors = reinterpret_cast<float*>(take(select.batch * heads * cells * 4));

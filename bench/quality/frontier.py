@@ -191,6 +191,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), metavar="TASK")
     parser.add_argument("--text", type=Path, help="held-out text (default: standard library)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time")
+    parser.add_argument("--no-plots", action="store_true", help="write the JSON file alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -237,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
         for length in args.lengths:
             run_heads(model, results, methods, length, texts[length], deadline)
     summary.print_tables(results.data)
-    plots.draw_all(results.data, args.out)
+    if not args.no_plots:
+        plots.draw_all(results.data, args.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 Group = Literal["reference", "baseline", "ablation", "variant"]
 
 P = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-PEAK_P = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TAU = (2e-2, 1e-2, 5e-3, 2e-3, 1e-3, 5e-4)
 
 
@@ -148,6 +147,21 @@ class Grid(Method):
         return unpack(bits, self.blocks(call.q.shape[2]).k_blocks)
 
 
+@dataclass(frozen=True)
+class PeakAndMean(Method):
+    """Two views: top-p of the first, the peaks, or a mean share of at least (1 - p) / divisor."""
+
+    divisor: float = 20
+
+    def mask(self, call: Call, knob: float) -> torch.Tensor:
+        assert self.score is not None
+        blocks = self.blocks(call.q.shape[2])
+        visible, forced = blocks.visible(call.q.device), blocks.forced(call.q.device)
+        peak, mean = self.score(call, blocks)
+        kept = rules.top_p(peak, visible, knob)
+        return kept | rules.above(mean, visible, (1 - knob) / self.divisor) | (forced & visible)
+
+
 OFFICIAL = partial(scores.bands, dims=(64, 96))
 FINE = partial(scores.fine, q_step=16, k_step=16)
 EITHER: dict[str, Any] = dict(rule=rules.either, main=0.9, k_size=64)
@@ -163,12 +177,20 @@ def _grid(q_step: int, k_step: int, variance: bool) -> Method:
     return Method(name, f"{about}; threshold, 64-key blocks", "variant", score, **THRESHOLD)
 
 
-def _peak(name: str, about: str, **changes: Any) -> Method:
+def _peak(
+    name: str, about: str, kind: type[Method] = Method, pool: scores.Pool = "peak", **changes: Any
+) -> Method:
     """Blocks by the largest share of any cell's queries; ``changes`` to the score or the method."""
-    options = dict(q_step=16, k_step=16, variance=0.0, spread=1.0, peaks=True)
+    options: dict[str, Any] = dict(q_step=16, k_step=16, variance=0.0, spread=1.0)
     options |= {key: changes.pop(key) for key in list(changes) if key in options}
-    settings = EITHER | {"knobs": PEAK_P, "main": 0.8} | changes
-    return Method(name, about, "variant", partial(scores.fine, **options), **settings)
+    score = partial(scores.fine, pool=pool, **options)
+    return kind(name, about, "variant", score, **EITHER | changes)
+
+
+def _peak_and_mean(name: str, about: str, divisor: float = 20, **changes: Any) -> Method:
+    """Top-p of the peaks, or a threshold on the mean."""
+    rule: dict[str, Any] = dict(divisor=divisor, rule=rules.top_p)
+    return _peak(name, about, PeakAndMean, "both", **rule, **changes)
 
 
 def _divided(base: Method, divisor: int) -> Method:
@@ -329,6 +351,19 @@ _METHODS = (
     ),
     PEAK,
     *(_divided(PEAK, divisor) for divisor in DIVISORS),
+    *(
+        _peak_and_mean(
+            f"mixed_by{divisor}", f"peaks with top-p, or a mean of (1 - p) / {divisor}", divisor
+        )
+        for divisor in (10, 20, 40)
+    ),
+    _peak_and_mean("mixed_128", "mixed_by20, 128-key blocks", k_size=128),
+    _peak_and_mean("mixed_more", "mixed_by20, 1.5 times the spread", spread=1.5),
+    _peak_and_mean("mixed_v", "mixed_by20, the keys' variance", variance=1.0, spread=0.0),
+    _peak_and_mean("mixed_8_16", "mixed_by20, cells of 8 queries", q_step=8),
+    _peak_and_mean(
+        "mixed_8_8", "mixed_by20, 8 x 8 cells, half the spread", q_step=8, k_step=8, spread=0.5
+    ),
     _peak("peak_p", "peak with top-p alone", rule=rules.top_p),
     _peak("peak_t", "peak with the threshold alone", rule=rules.above, knobs=TAU, main=5e-3),
     _peak("peak_128", "peak, 128-key blocks", k_size=128),
@@ -343,8 +378,8 @@ _METHODS = (
         "peak_antidiagonal",
         "XAttention's scores, largest share: top-p or threshold",
         "variant",
-        partial(scores.antidiagonal, peaks=True),
-        **EITHER | {"knobs": PEAK_P, "main": 0.8},
+        partial(scores.antidiagonal, pool="peak"),
+        **EITHER,
     ),
     Method("oracle_e", "true block mass, top-p or threshold", "reference", scores.oracle, **EITHER),
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from attend import Blocks, block_mass, block_means, grouped_scores
@@ -45,6 +46,7 @@ class Call:
 
 
 Views = list[torch.Tensor]
+Pool = Literal["mean", "peak", "both"]
 Score = Callable[[Call, Blocks], Views]
 
 
@@ -165,11 +167,11 @@ def fine(
     spread: float = 0.0,
     q_variance: float = 0.0,
     undo: float = 0.0,
-    peaks: bool = False,
+    pool: Pool = "mean",
 ) -> Views:
     """Block mass from a finer grid: softmax over means of ``k_step`` keys, summed to blocks.
 
-    Each mean of ``q_step`` queries has its own softmax, and a block's mass is their average.
+    Each mean of ``q_step`` queries has its own softmax; ``pool`` makes them one score per block.
 
     Args:
         variance: weight of the second-order term, see :func:`bands`.
@@ -177,8 +179,9 @@ def fine(
             cell may score above the mean key, where variance is what all keys together do.
         q_variance: weight of the queries' second-order term var(q) k^2 / 2.
         undo: divide each RoPE pair by what pooling left of it, at least this much; 0 leaves it.
-        peaks: a block's score is the largest share that one mean query gives it, not the average,
-            scaled to sum to 1: a query that needs one key is not outvoted by its neighbours.
+        pool: "mean": a block's score is the average share that the mean queries give it. "peak":
+            the largest one, scaled to sum to 1, so that a query that needs one key is not outvoted
+            by its neighbours. "both": two views, peak and mean.
     """
     q, k = call.q, call.k
     q_means, k_means = block_means(q, q_step), block_means(k, k_step)
@@ -197,7 +200,7 @@ def fine(
         square = block_means(q.float().square(), q_step) - q_means.square()
         logits += 0.5 * q_variance * grouped_scores(square * scale, k_means.square())
     sub = Blocks(q_step, k_step, blocks.length)
-    return [_to_blocks(_softmax(logits, sub.visible(q.device)), sub, blocks, peaks)]
+    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool)
 
 
 def rows(call: Call, blocks: Blocks, step: int = 16) -> Views:
@@ -215,23 +218,27 @@ def both(first: Score, second: Score) -> Score:
     return lambda call, blocks: first(call, blocks) + second(call, blocks)
 
 
-def _to_blocks(
-    probs: torch.Tensor, sub: Blocks, blocks: Blocks, peaks: bool = False
-) -> torch.Tensor:
-    """Sum a finer grid's probabilities over keys; average or ``peaks``: maximum over queries."""
+def _to_blocks(probs: torch.Tensor, sub: Blocks, blocks: Blocks) -> torch.Tensor:
+    """Sum a finer grid's probabilities over keys and average them over queries."""
+    return _pooled(probs, sub, blocks, "mean")[0]
+
+
+def _pooled(probs: torch.Tensor, sub: Blocks, blocks: Blocks, pool: Pool) -> Views:
+    """Sum a finer grid's probabilities over keys, then pool them over queries, see :func:`fine`."""
     per_q, per_k = blocks.q // sub.q, blocks.k // sub.k
     pad_q = blocks.q_blocks * per_q - sub.q_blocks
     pad_k = blocks.k_blocks * per_k - sub.k_blocks
     padded = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q))
     shares = padded.unflatten(3, (-1, per_k)).sum(-1).unflatten(2, (-1, per_q))
-    mass = shares.amax(3) if peaks else shares.sum(3)
-    return mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
+    views = {"peak": [shares.amax(3)], "mean": [shares.sum(3)]}
+    chosen = views["peak"] + views["mean"] if pool == "both" else views[pool]
+    return [mass / mass.sum(-1, keepdim=True).clamp_min(1e-20) for mass in chosen]
 
 
-def antidiagonal(call: Call, blocks: Blocks, stride: int = 8, peaks: bool = False) -> Views:
+def antidiagonal(call: Call, blocks: Blocks, stride: int = 8, pool: Pool = "mean") -> Views:
     """XAttention: the summed antidiagonal of every stride x stride tile stands for the tile.
 
-    ``peaks`` as in :func:`fine`.
+    ``pool`` as in :func:`fine`.
     """
     q, k = call.q, call.k
     length = blocks.length
@@ -242,7 +249,7 @@ def antidiagonal(call: Call, blocks: Blocks, stride: int = 8, peaks: bool = Fals
     scale = 1 / math.sqrt(stride)  # grouped_scores divides by the root of stride * head_dim
     sub = Blocks(stride, stride, length)
     logits = grouped_scores(q, k) * scale
-    return [_to_blocks(_softmax(logits, sub.visible(q.device)), sub, blocks, peaks)]
+    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool)
 
 
 def last_queries(call: Call, blocks: Blocks, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

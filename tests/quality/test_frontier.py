@@ -98,6 +98,12 @@ def test_unknown_methods_are_named() -> None:
         frontier.chosen_methods(["prism", "nonesuch"])
 
 
+def test_other_settings_of_p_leave_thresholds_alone() -> None:
+    dense, prism, threshold = frontier.chosen_methods(["prism", "fine_t"], [0.97, 0.5])
+    assert dense.knobs == (1.0,) and prism.knobs == (0.5, 0.97)
+    assert threshold.knobs == frontier.METHODS["fine_t"].knobs
+
+
 def test_dense_attention_of_the_runner_is_the_model_s_own(model) -> None:
     import capture
     from evaluate import hidden_states

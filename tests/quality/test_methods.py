@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -154,10 +155,25 @@ def test_a_peak_of_one_cell_outweighs_a_broad_share() -> None:
     one.k[:, :, 128:192, 1] = 4.0
     blocks = Blocks(128, 64, 1024)
     grid = partial(scores.fine, one, blocks, 16, 16)
-    (mean,), (peak,) = grid(), grid(peaks=True)
+    (mean,), (peak,) = grid(), grid(pool="peak")
     assert (mean[..., 7, 1] < mean[..., 7, 2]).all()
     assert (peak[..., 7, 1] > peak[..., 7, 2]).all()
     torch.testing.assert_close(peak.sum(-1), torch.ones(1, 4, 8))
+    for view, expected in zip(grid(pool="both"), (peak, mean), strict=True):
+        torch.testing.assert_close(view, expected)
+
+
+def test_mixed_rules_read_their_own_view() -> None:
+    def score(call, blocks):
+        shape = (1, 1, blocks.q_blocks, blocks.k_blocks)
+        peak, mean = torch.zeros(shape), torch.zeros(shape)
+        peak[..., 3], peak[..., 2] = 0.95, 0.05
+        mean[..., 5], mean[..., 6] = 0.0051, 0.0049
+        return [peak, mean]
+
+    one = Call(torch.randn(1, 1, 1024, 64), torch.randn(1, 1, 1024, 64))
+    mask = replace(METHODS["mixed_by20"], score=score, k_size=128).mask(one, 0.9)
+    assert mask[0, 0, 7].nonzero().flatten().tolist() == [0, 3, 5, 7]
 
 
 def test_spread_lets_the_best_key_of_a_cell_count() -> None:

@@ -31,7 +31,7 @@ import torch
 import transformers
 from eval_testbed import held_out_tokens
 from evaluate import Suite, Texts, hidden_states, measure
-from methods import METHODS, P, Method
+from methods import METHODS, Method, P
 from tasks import TASKS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -19,6 +19,7 @@ Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 Group = Literal["reference", "baseline", "ablation", "variant"]
 
 P = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+EACH_P = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TAU = (2e-2, 1e-2, 5e-3, 2e-3, 1e-3, 5e-4)
 
 
@@ -149,7 +150,10 @@ class Grid(Method):
 
 @dataclass(frozen=True)
 class PeakAndMean(Method):
-    """Two views: top-p of the first, the peaks, or a mean share of at least (1 - p) / divisor."""
+    """Two views: top-p of the first, the peaks, or a mean share of at least (1 - p) / divisor.
+
+    Where the first view has a score per cell, every cell chooses, and a block is kept if one did.
+    """
 
     divisor: float = 20
 
@@ -158,7 +162,12 @@ class PeakAndMean(Method):
         blocks = self.blocks(call.q.shape[2])
         visible, forced = blocks.visible(call.q.device), blocks.forced(call.q.device)
         peak, mean = self.score(call, blocks)
-        kept = rules.top_p(peak, visible, knob)
+        if peak.dim() > mean.dim():
+            seen = visible[:, None].expand(peak.shape)
+            exists = peak.sum(-1, keepdim=True) > 0  # not past the end
+            kept = (rules.top_p(peak, seen, knob) & exists).any(3)
+        else:
+            kept = rules.top_p(peak, visible, knob)
         return kept | rules.above(mean, visible, (1 - knob) / self.divisor) | (forced & visible)
 
 
@@ -181,7 +190,7 @@ def _peak(
     name: str, about: str, kind: type[Method] = Method, pool: scores.Pool = "peak", **changes: Any
 ) -> Method:
     """Blocks by the largest share of any cell's queries; ``changes`` to the score or the method."""
-    options: dict[str, Any] = dict(q_step=16, k_step=16, variance=0.0, spread=1.0)
+    options: dict[str, Any] = dict(q_step=16, k_step=16, variance=0.0, spread=1.0, sharpen=1.0)
     options |= {key: changes.pop(key) for key in list(changes) if key in options}
     score = partial(scores.fine, pool=pool, **options)
     return kind(name, about, "variant", score, **EITHER | changes)
@@ -189,8 +198,9 @@ def _peak(
 
 def _peak_and_mean(name: str, about: str, divisor: float = 20, **changes: Any) -> Method:
     """Top-p of the peaks, or a threshold on the mean."""
+    pool = changes.pop("pool", "both")
     rule: dict[str, Any] = dict(divisor=divisor, rule=rules.top_p)
-    return _peak(name, about, PeakAndMean, "both", **rule, **changes)
+    return _peak(name, about, PeakAndMean, pool, **rule, **changes)
 
 
 def _divided(base: Method, divisor: int) -> Method:
@@ -356,6 +366,13 @@ _METHODS = (
             f"mixed_by{divisor}", f"peaks with top-p, or a mean of (1 - p) / {divisor}", divisor
         )
         for divisor in (10, 20, 40)
+    ),
+    _peak_and_mean("sharp_by5", "peaks of shares^1.5, or a mean of (1 - p) / 5", 5, sharpen=1.5),
+    _peak_and_mean(
+        "each_by20",
+        "top-p of every 16 queries, or a mean of (1 - p) / 20",
+        pool="cells",
+        knobs=EACH_P,
     ),
     _peak_and_mean("mixed_128", "mixed_by20, 128-key blocks", k_size=128),
     _peak_and_mean("mixed_more", "mixed_by20, 1.5 times the spread", spread=1.5),

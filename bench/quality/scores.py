@@ -46,7 +46,7 @@ class Call:
 
 
 Views = list[torch.Tensor]
-Pool = Literal["mean", "peak", "both"]
+Pool = Literal["mean", "peak", "both", "cells"]
 Score = Callable[[Call, Blocks], Views]
 
 
@@ -168,6 +168,7 @@ def fine(
     q_variance: float = 0.0,
     undo: float = 0.0,
     pool: Pool = "mean",
+    sharpen: float = 1.0,
 ) -> Views:
     """Block mass from a finer grid: softmax over means of ``k_step`` keys, summed to blocks.
 
@@ -181,7 +182,10 @@ def fine(
         undo: divide each RoPE pair by what pooling left of it, at least this much; 0 leaves it.
         pool: "mean": a block's score is the average share that the mean queries give it. "peak":
             the largest one, scaled to sum to 1, so that a query that needs one key is not outvoted
-            by its neighbours. "both": two views, peak and mean.
+            by its neighbours. "both": two views, peak and mean. "cells": the shares themselves,
+            (B, Hq, Nq, cells, Nk), 0 for cells past the end, and the mean.
+        sharpen: power of the shares that the peaks are taken of, each cell's scaled to sum to 1:
+            above 1 cells that look at few blocks win over cells that look at many.
     """
     q, k = call.q, call.k
     q_means, k_means = block_means(q, q_step), block_means(k, k_step)
@@ -200,7 +204,7 @@ def fine(
         square = block_means(q.float().square(), q_step) - q_means.square()
         logits += 0.5 * q_variance * grouped_scores(square * scale, k_means.square())
     sub = Blocks(q_step, k_step, blocks.length)
-    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool)
+    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool, sharpen)
 
 
 def rows(call: Call, blocks: Blocks, step: int = 16) -> Views:
@@ -223,16 +227,27 @@ def _to_blocks(probs: torch.Tensor, sub: Blocks, blocks: Blocks) -> torch.Tensor
     return _pooled(probs, sub, blocks, "mean")[0]
 
 
-def _pooled(probs: torch.Tensor, sub: Blocks, blocks: Blocks, pool: Pool) -> Views:
+def _pooled(
+    probs: torch.Tensor, sub: Blocks, blocks: Blocks, pool: Pool, sharpen: float = 1.0
+) -> Views:
     """Sum a finer grid's probabilities over keys, then pool them over queries, see :func:`fine`."""
     per_q, per_k = blocks.q // sub.q, blocks.k // sub.k
     pad_q = blocks.q_blocks * per_q - sub.q_blocks
     pad_k = blocks.k_blocks * per_k - sub.k_blocks
     padded = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q))
     shares = padded.unflatten(3, (-1, per_k)).sum(-1).unflatten(2, (-1, per_q))
-    views = {"peak": [shares.amax(3)], "mean": [shares.sum(3)]}
-    chosen = views["peak"] + views["mean"] if pool == "both" else views[pool]
-    return [mass / mass.sum(-1, keepdim=True).clamp_min(1e-20) for mass in chosen]
+    mean = _sum_to_one(shares.sum(3))
+    if pool == "mean":
+        return [mean]
+    if pool == "cells":
+        return [shares, mean]
+    sharp = shares if sharpen == 1 else _sum_to_one(shares**sharpen)
+    peak = _sum_to_one(sharp.amax(3))
+    return [peak] if pool == "peak" else [peak, mean]
+
+
+def _sum_to_one(mass: torch.Tensor) -> torch.Tensor:
+    return mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def antidiagonal(call: Call, blocks: Blocks, stride: int = 8, pool: Pool = "mean") -> Views:

@@ -176,6 +176,30 @@ def test_mixed_rules_read_their_own_view() -> None:
     assert mask[0, 0, 7].nonzero().flatten().tolist() == [0, 3, 5, 7]
 
 
+def test_every_cell_chooses_for_itself() -> None:
+    def score(call, blocks):
+        cells = torch.zeros(1, 1, blocks.q_blocks, 8, blocks.k_blocks)
+        cells[..., 3] = 1.0
+        cells[..., 4, 3], cells[..., 4, 5] = 0.1, 0.9
+        cells[..., 7, :] = 0  # as past the end
+        return [cells, torch.zeros(1, 1, blocks.q_blocks, blocks.k_blocks)]
+
+    one = Call(torch.randn(1, 1, 1024, 64), torch.randn(1, 1, 1024, 64))
+    mask = replace(METHODS["each_by20"], score=score, k_size=128).mask(one, 0.8)
+    assert mask[0, 0, 7].nonzero().flatten().tolist() == [0, 3, 5, 7]
+    assert mask[0, 0, 4].nonzero().flatten().tolist() == [0, 3, 4]
+
+
+def test_sharp_peaks_of_diffuse_cells_shrink() -> None:
+    one, blocks = call(1024), Blocks(128, 64, 1024)
+    cells, mean = scores.fine(one, blocks, 16, 16, pool="cells")
+    assert cells.shape == (1, 4, 8, 8, 16)
+    torch.testing.assert_close(cells.mean(3), mean)
+    (peak,) = scores.fine(one, blocks, 16, 16, pool="peak", sharpen=2.0)
+    square = cells.square() / cells.square().sum(-1, keepdim=True)
+    torch.testing.assert_close(peak, square.amax(3) / square.amax(3).sum(-1, keepdim=True))
+
+
 def test_spread_lets_the_best_key_of_a_cell_count() -> None:
     one = call(256, 64)
     one.q.fill_(1.0)

@@ -368,6 +368,11 @@ _METHODS = (
         for divisor in (10, 20, 40)
     ),
     _peak_and_mean("sharp_by5", "peaks of shares^1.5, or a mean of (1 - p) / 5", 5, sharpen=1.5),
+    _peak_and_mean("sharp_by10", "sharp_by5 with (1 - p) / 10", 10, sharpen=1.5),
+    _peak_and_mean("sharp_more", "sharp_by5, 1.5 times the spread", 5, sharpen=1.5, spread=1.5),
+    _peak_and_mean("sharp_128", "sharp_by5, 128-key blocks", 5, sharpen=1.5, k_size=128),
+    _peak_and_mean("sharp_8_16", "sharp_by5, cells of 8 queries", 5, sharpen=1.5, q_step=8),
+    _peak_and_mean("sharper_by5", "peaks of shares^2, or a mean of (1 - p) / 5", 5, sharpen=2.0),
     _peak_and_mean(
         "each_by20",
         "top-p of every 16 queries, or a mean of (1 - p) / 20",

@@ -15,9 +15,10 @@ suite=${SUITE:-"--lengths 32768 16384 --windows 12 --samples 4 --instances 32"}
 settings="0.8 0.87 0.9 0.95 0.97 0.98 0.99"
 
 # The most important first: time ends the list.
-first="prism fine peak mixed_by20 xattention each_by20 sharp_by5 peak_more prism_64 peak_8_16"
-rest="fine_by20 mixed_by10 mixed_by40 peak_16_16v peak_8_8 mixed_more peak_128 fine_by5"
-rest+=" fine_by40 fine_spread peak_by20 mixed_8_8 peak_half mixed_v peak_antidiagonal fine_both fine_rows fine_p mean_pool oracle_e"
+first="prism fine sharp_by5 peak each_by20 xattention mixed_by20 sharp_more prism_64 sharper_by5"
+rest="sharp_128 fine_by20 peak_more sharp_8_16 sharp_by10 mixed_by10 peak_16_16v peak_8_8"
+rest+=" peak_8_16 mixed_by40 mixed_more peak_128 fine_by5 fine_by40 fine_spread peak_by20 mixed_8_8"
+rest+=" peak_half mixed_v peak_antidiagonal fine_both fine_rows fine_p mean_pool oracle_e"
 
 testbed() { # NAME GPU "training options" "methods"
   export CUDA_VISIBLE_DEVICES=$2

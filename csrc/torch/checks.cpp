@@ -69,12 +69,6 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
               "; allowed: at most ", kMaxLength);
 }
 
-void check_estimated(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.size(tensor.dim() - 1) == 64 || tensor.size(tensor.dim() - 1) == kMaxHeadDim,
-              op, name, " has head_dim ", tensor.size(tensor.dim() - 1), " (shape ",
-              shape_string(tensor), "); blocks are estimated at 64, 128 only");
-}
-
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
                        const char* other_name, const Tensor& other) {
   check_defined(op, name, tensor);
@@ -112,7 +106,6 @@ void check_batch(const char* op, const char* name, const Tensor& tensor, const T
 void check_qk(const char* op, const Tensor& q, const Tensor& k) {
   check_activation(op, "q", q);
   check_activation(op, "k", k);
-  check_estimated(op, "q", q);
   check_like_q(op, "k", k, q);
   check_batch(op, "k", k, q);
   check_gqa(op, "q", q.size(1), "k", k.size(1));

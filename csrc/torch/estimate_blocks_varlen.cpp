@@ -55,7 +55,6 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen(
     int64_t q_block_size, int64_t k_block_size) {
   const RaggedShape batch = check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k,
                                          seqused_k, block_table, max_seqlen_q, max_seqlen_k);
-  check_estimated(kOp, "q", q);
   check_block_sizes(kOp, q_block_size, k_block_size);
   [[maybe_unused]] const SelectionBands bands = check_selection(
       kOp, high_band, low_band, batch.head_dim, top_p, keep_sink, keep_recent, keep_above);

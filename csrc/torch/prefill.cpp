@@ -13,7 +13,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     int64_t q_block_size, int64_t k_block_size) {
   constexpr const char* kOp = "prefill";
   check_qkv(kOp, q, k, v);
-  check_estimated(kOp, "q", q);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_selection(kOp, high_band, low_band, q.size(3), top_p, keep_sink, keep_recent, keep_above);
   const double softmax_scale = check_scale(kOp, scale, q.size(3));

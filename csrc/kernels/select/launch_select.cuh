@@ -165,7 +165,7 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
 
 template <int kHeadDim>
 void describe_select(std::vector<KernelInfo>& kernels) {
-  const std::string head_dim = "d" + std::to_string(kHeadDim);
+  const std::string head_dim = "d up to " + std::to_string(kHeadDim);
   const auto add = [&](const char* name, auto kernel, int rows, int threads, int smem,
                        const std::string& length) {
     describe_kernel(

@@ -206,7 +206,7 @@ def test_decode_and_empty_keys():
 
 
 def test_unsupported_head_dim_is_dense_and_differentiable():
-    q, k, v = qkv(200, 200, head_dim=32)
+    q, k, v = qkv(200, 200, head_dim=36)
     q.requires_grad_()
     prism_cuda.prefill(q, k, v, config=SPARSE).sum().backward()
     assert q.grad is not None
@@ -232,7 +232,11 @@ def test_mask_for_other_lengths():
         ((1, 9000, 128, torch.bfloat16, "cpu"), "dense", "decode"),
         ((127, 9000, 128, torch.bfloat16, "cpu"), "dense", "less than one block"),
         ((2000, 2000, 128, torch.bfloat16, "cpu"), "dense", "dense_below 2304"),
-        ((9000, 9000, 96, torch.bfloat16, "cpu"), "dense", "head_dim 96"),
+        ((9000, 9000, 100, torch.bfloat16, "cpu"), "dense", "head_dim 100 is not a multiple of 8"),
+        ((9000, 9000, 264, torch.bfloat16, "cpu"), "dense", "head_dim 264"),
+        ((9000, 9000, 256, torch.bfloat16, "cpu", GRID), "dense", "up to 128, as estimator 'grid'"),
+        ((9000, 9000, 256, torch.bfloat16, "cpu"), "prism", "block-sparse"),
+        ((9000, 9000, 96, torch.bfloat16, "cpu", GRID), "prism", "block-sparse"),
         ((9000, 9000, 128, torch.float64, "cpu"), "dense", "float64"),
         ((9000, 9000, 128, torch.float32, "cuda"), "dense", "float32 is not supported on cuda"),
         ((9000, 9000, 128, torch.bfloat16, "meta"), "dense", "meta"),

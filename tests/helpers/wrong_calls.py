@@ -141,7 +141,7 @@ def same(n: int, _: Site) -> bool:
 
 
 def estimated_head_dim(n: int, _: Site) -> bool:
-    return n in (64, 128)
+    return n % 8 == 0 and 0 < n <= 256
 
 
 def whole_groups_of_kv(n: int, site: Site) -> bool:
@@ -387,9 +387,7 @@ IN_PAGES = {
     ),
 }
 VARLEN = (
-    MASKED
-    | SEQUENCES
-    | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
+    MASKED | SEQUENCES | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
 )
 ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 

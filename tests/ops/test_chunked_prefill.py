@@ -175,8 +175,9 @@ def test_chunks_are_recorded(device: str) -> None:
 
 def test_wrong_calls_are_refused(device: str) -> None:
     q, k, v = prompt(device)
-    with pytest.raises(ValueError, match=r"head_dim is 256.*64, 128"):
-        ChunkedPrefill(1, 2, 256, 1024, device=device)
+    for head_dim in (0, 60, 264):
+        with pytest.raises(ValueError, match=rf"head_dim is {head_dim};.*multiple of 8 up to 256"):
+            ChunkedPrefill(1, 2, head_dim, 1024, device=device)
     chunked = state(SPARSE, device, max_len=500)
     with pytest.raises(ValueError, match=r"1024 tokens after 0 exceed max_len 500"):
         chunked.append(k)

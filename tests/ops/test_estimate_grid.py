@@ -104,7 +104,7 @@ EXACT = {
         SelectCase("b64_d64", 1280, 1280, q_heads=4),
         SelectCase("b128_d128", 2560, 2560, head_dim=128, blocks=B128),
         SelectCase("b128_64_d128", 1300, 1706, head_dim=128, blocks=B128_64, q_heads=6),
-        SelectCase("b64_d56", 700, 700, head_dim=56, q_heads=3),
+        SelectCase("b64_d56", 700, 700, head_dim=56, q_heads=4),
         SelectCase("b128_64_d96", 1300, 1706, head_dim=96, blocks=B128_64, q_heads=4),
         SelectCase("b128_d64", 700, 2090, blocks=B128, q_heads=3, kv_heads=1, keep_above=0.03),
         SelectCase("bidirectional", 640, 1200, blocks=B128_64, causal=False),

@@ -14,7 +14,7 @@ from prism_cuda.config import PrismConfig
 _Result = TypeVar("_Result")
 
 
-def _running_sums(head_dim: int) -> int:
+def running_sums(head_dim: int) -> int:
     """Partial sums that prism::pool_append_ keeps of an unfinished block, per dimension."""
     return 16 if head_dim <= 64 else 8 if head_dim <= 128 else 4
 
@@ -67,7 +67,7 @@ class ChunkedPrefill:
         heads = (batch, kv_heads)
         self._means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
         self._sums = torch.empty(
-            (*heads, _running_sums(head_dim), head_dim), dtype=torch.float32, device=device
+            (*heads, running_sums(head_dim), head_dim), dtype=torch.float32, device=device
         )
         self.length = 0
 

@@ -84,8 +84,6 @@ def take(x: torch.Tensor, heads: Sequence[int]) -> torch.Tensor:
     By slices: an index tensor would have to be copied to the device.
     """
     first, end = heads[0], heads[-1] + 1
-    if (first, end) == (0, x.shape[1]) and len(heads) == end:
-        return x
-    if list(heads) == list(range(first, end)):
-        return x[:, first:end]
-    return torch.stack([x[:, head] for head in heads], 1)
+    if list(heads) != list(range(first, end)):
+        return torch.stack([x[:, head] for head in heads], 1)
+    return x if len(heads) == x.shape[1] else x[:, first:end]

@@ -69,6 +69,14 @@ void check_activation(const char* op, const char* name, const Tensor& tensor) {
               "; allowed: at most ", kMaxLength);
 }
 
+void check_grid_head_dim(const char* op, const char* name, const Tensor& tensor) {
+  constexpr int64_t kMaxGridHeadDim = 128;  // a warp holds its queries' statistics in registers
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
+  PRISM_CHECK(head_dim <= kMaxGridHeadDim, op, name, " has head_dim ", head_dim, " (shape ",
+              shape_string(tensor), "); allowed on the grid: multiples of 8 up to ",
+              kMaxGridHeadDim);
+}
+
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
                        const char* other_name, const Tensor& other) {
   check_defined(op, name, tensor);

@@ -49,6 +49,9 @@ void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t
 // head_dim that is a multiple of 8 up to 256.
 void check_activation(const char* op, const char* name, const Tensor& tensor);
 
+// The head_dim of an activation whose blocks are to be estimated on the grid.
+void check_grid_head_dim(const char* op, const char* name, const Tensor& tensor);
+
 // q and k of one call: one device and dtype, agreeing shapes, whole GQA groups.
 void check_qk(const char* op, const Tensor& q, const Tensor& k);
 

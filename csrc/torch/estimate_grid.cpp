@@ -16,7 +16,6 @@ namespace prism {
 namespace {
 
 constexpr const char* kOp = "estimate_grid";
-constexpr int64_t kMaxGridHeadDim = 128;  // a warp holds its queries' statistics in registers
 
 #ifdef PRISM_WITH_CUDA
 std::tuple<Tensor, Tensor> estimate_grid_cuda(const Tensor& q, const Tensor& k, double top_p,
@@ -71,8 +70,7 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          std::optional<double> scale, bool causal,
                                          int64_t q_block_size, int64_t k_block_size) {
   check_qk(kOp, q, k);
-  PRISM_CHECK(q.size(3) <= kMaxGridHeadDim, kOp, "q has head_dim ", q.size(3), " (shape ",
-              shape_string(q), "); allowed: multiples of 8 up to ", kMaxGridHeadDim);
+  check_grid_head_dim(kOp, "q", q);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_rules(kOp, top_p, keep_sink, keep_recent, keep_above);
   const double softmax_scale = check_scale(kOp, scale, q.size(3));

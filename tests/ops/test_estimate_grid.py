@@ -162,7 +162,7 @@ def test_every_layout_is_bit_identical(device: str, layout: str, head_dim: int) 
 
 def test_wider_heads_are_refused(device: str) -> None:
     q = torch.ones(1, 2, 100, 136, dtype=torch.bfloat16, device=device)
-    allowed = "q has head_dim 136.*; allowed: multiples of 8 up to 128"
+    allowed = "q has head_dim 136.*; allowed on the grid: multiples of 8 up to 128"
     with pytest.raises(RuntimeError, match=f"prism::estimate_grid: {allowed}"):
         torch.ops.prism.estimate_grid(q, q, 0.9)
 

@@ -19,7 +19,6 @@ from prism_cuda.per_head import (
     Selection,
     Setting,
     each_setting,
-    is_uniform,
     settings_of_heads,
     take,
 )
@@ -248,7 +247,7 @@ def run_sparse(
             lambda: sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True),
             q.device,
         )
-    elif bands is None or sinks is not None or not is_uniform(settings):
+    elif bands is None or sinks is not None or len(settings) > 1:
         mask = _estimate(q, k, bands, config, scale, causal)
         out, lse = sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True)
     else:
@@ -384,7 +383,7 @@ def _estimate(
     q_len, k_len = q.shape[2], k.shape[2]
     sizes = config.block_sizes
     settings = settings_of_heads(q.shape[1], bands, config)
-    if bands is not None and not is_uniform(settings):
+    if bands is not None and len(settings) > 1:
         # The means are the same for every setting.
         return select_from_means(*_pool(q, k, config), q_len, k_len, bands, config, causal)
 
@@ -394,7 +393,7 @@ def _estimate(
             return torch.ops.prism.estimate_grid(*inputs, scale, causal, *sizes)
         return torch.ops.prism.estimate_blocks(*inputs, causal, *sizes)
 
-    bits, counts = each_setting(estimate, settings, k.shape[1])
+    bits, counts = each_setting(estimate, settings, q.shape[1], k.shape[1])
     return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
 
 
@@ -429,7 +428,7 @@ def select_from_means(
         )
 
     settings = settings_of_heads(q_means.shape[1], bands, config)
-    bits, counts = each_setting(select, settings, k_means.shape[1])
+    bits, counts = each_setting(select, settings, q_means.shape[1], k_means.shape[1])
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
 
 

@@ -20,44 +20,44 @@ Select = Callable[[Sequence[int], Sequence[int], Setting], Selection]
 def settings_of_heads(
     q_heads: int, bands: HeadBands | None, config: PrismConfig
 ) -> tuple[Setting, ...]:
-    """What every query head selects with.
+    """What the query heads select with: one setting if it is the same for all, or one for each.
 
     Raises:
         ValueError: if bands, top_p or dense_heads do not fit the number of heads.
     """
+    top_p = config.top_p_of_heads(q_heads)
+    if not isinstance(bands, tuple) and not isinstance(top_p, tuple):
+        return (_setting(bands, top_p),)
     of_heads = bands if isinstance(bands, tuple) else (bands,) * q_heads
     if len(of_heads) != q_heads:
         raise ValueError(
             f"PrismConfig: bands has {len(of_heads)} entries; expected one for all heads or "
             f"{q_heads}, one per query head"
         )
-    top_p = config.top_p_of_heads(q_heads)
     values = top_p if isinstance(top_p, tuple) else (top_p,) * q_heads
-    return tuple(
-        (None if own is None else (own.high_ranges, own.low_ranges), value)
-        for own, value in zip(of_heads, values, strict=True)
-    )
+    settings = tuple(_setting(own, value) for own, value in zip(of_heads, values, strict=True))
+    return settings[:1] if len(set(settings)) == 1 else settings
 
 
-def is_uniform(settings: Sequence[Setting]) -> bool:
-    """Whether all heads select with the same setting."""
-    return len(set(settings)) == 1
+def _setting(bands: Bands | None, top_p: float) -> Setting:
+    return None if bands is None else (bands.high_ranges, bands.low_ranges), top_p
 
 
-def each_setting(select: Select, settings: Sequence[Setting], kv_heads: int) -> Selection:
+def each_setting(
+    select: Select, settings: Sequence[Setting], q_heads: int, kv_heads: int
+) -> Selection:
     """Bits and counts of all query heads by one ``select`` for every distinct setting.
 
     Args:
         select: takes query heads, the key heads that they read, as many times as many of them as in
             the whole call or one each, and their setting; returns bits and counts of those query
             heads, (B, heads, ...).
-        settings: of every query head.
+        settings: as :func:`settings_of_heads` gives them.
 
     Raises:
         ValueError: if the query heads, differing in settings, are no multiple of the key heads.
     """
-    q_heads = len(settings)
-    if is_uniform(settings):
+    if len(settings) == 1:
         return select(range(q_heads), range(kv_heads), settings[0])
     if kv_heads == 0 or q_heads % kv_heads:
         raise ValueError(f"q has {q_heads} heads and k has {kv_heads}; expected a multiple of k's")

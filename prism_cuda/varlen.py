@@ -171,7 +171,7 @@ def prefill_varlen(
         return take(bits, wanted), take(counts, wanted)
 
     settings = settings_of_heads(q_heads, config.resolve_bands(q.shape[-1]), config)
-    bits, counts = each_setting(estimate, settings, kv_heads)
+    bits, counts = each_setting(estimate, settings, q_heads, kv_heads)
     out, lse = torch.ops.prism.sparse_attention_varlen(
         q, k, v, bits, counts, *where, scale, causal, *config.block_sizes
     )

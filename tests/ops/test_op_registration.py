@@ -91,7 +91,7 @@ def assert_same(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", OPS + MUTATING)
+@pytest.mark.parametrize("name", (*OPS, *MUTATING))
 def test_opcheck(name: str, device: str) -> None:
     arguments, options = sample(name, device)
     torch.library.opcheck(op(name), arguments, options)

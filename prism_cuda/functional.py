@@ -455,7 +455,7 @@ def select_from_cells(
         )
 
     settings = settings_of_heads(q.shape[1], None, config)
-    bits, counts = each_setting(select, settings, k_cells.shape[1])
+    bits, counts = each_setting(select, settings, q.shape[1], k_cells.shape[1])
     return BlockMask(bits, counts, q.shape[2], k_len, *config.block_sizes, True)
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from prism_cuda import _ops, functional, recording
+from prism_cuda import _ops, functional, recording, selection
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 
@@ -153,7 +153,7 @@ class ChunkedPrefill:
         bands = self._config.resolve_bands(q.shape[3])
         mask = stage(
             "select",
-            lambda: functional.select_from_means(
+            lambda: selection.select_from_means(
                 q_means, self.means, q_len, k_len, bands, self._config, causal=True
             ),
         )

@@ -85,8 +85,8 @@ def test_all_blocks_equal_eager(name):
     expected = logits(model, "eager", ids)
     with prism_cuda.record() as recording:
         close(logits(model, "prism", ids), expected)
-    windowed = name == "mistral-window"
-    assert [call.path for call in recording.calls] == ["dense" if windowed else "prism"] * 2
+    reason = "sliding window: every block in it" if name == "mistral-window" else "block-sparse"
+    assert [(call.path, call.reason) for call in recording.calls] == [("prism", reason)] * 2
     assert [call.layer_idx for call in recording.calls] == [0, 1]
 
 

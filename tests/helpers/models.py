@@ -51,7 +51,8 @@ TINY_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size
 MROPE = {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [8, 12, 12]}
 
 PRISM = "block-sparse"
-WINDOW = "token-level mask"
+WINDOW = "sliding window: every block in it"
+SPARSE = (PRISM, WINDOW)  # reasons of the block-sparse path
 ROTATED = Bands((0, 16, 32, 48), (8, 32, 40, 64))
 
 
@@ -125,7 +126,7 @@ MODELS = {
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        (WINDOW, "soft-capping"),
+        (WINDOW, PRISM),
     ),
     "gemma3": Model(
         "Gemma3TextConfig",

@@ -68,8 +68,8 @@ def run(
     """Block-sparse attention of a ragged batch, recorded by sequence: (out, lse, bits, counts).
 
     Args:
-        bands: None to keep every block that the rows see: for a window, for ``dense``, and where
-            :func:`selects` says so.
+        bands: None to keep every block that the rows see: for a window, for ``dense``, for a head
+            size that is not estimated, and where :func:`selects` says so.
         exact_mask: make bits and counts those of the kept blocks alone. Otherwise bits of blocks
             that attention does not look at may be set, which takes fewer launches.
         dense: why every sequence keeps every block; None to select.
@@ -247,13 +247,13 @@ def _record(
     layer_idx: int | None,
     times: dict[str, float],
 ) -> None:
-    """One record per sequence with queries, in order; times go to the first."""
+    """One record per sequence with queries and keys, in order; times go to the first."""
     q_block_size, k_block_size = config.block_sizes
     for b, (q_len, k_len) in enumerate(zip(*(x.tolist() for x in where.lengths()), strict=True)):
-        if q_len == 0:
+        if q_len == 0 or k_len == 0:
             continue
         windowed = scores.windowed(where.max_seqlen_k)
-        reason = dense or functional.why_dense(q_len, k_len, head_dim, config, windowed)
+        reason = functional.why_dense(q_len, k_len, head_dim, config, windowed) or dense
         q_blocks = -(-q_len // q_block_size)
         words = -(-k_len // (k_block_size * _bits.WORD_BITS))
         mask = BlockMask(

@@ -229,7 +229,10 @@ def test_packed_sequences_run_dense_behind_a_mask():
     assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
 
-def test_packed_sequences_with_lengths_are_sparse_each_on_its_own():
+@pytest.mark.parametrize(
+    "longest", [{}, {"max_length_q": 300, "max_length_k": 310}], ids=["read", "passed_on"]
+)
+def test_packed_sequences_with_lengths_are_sparse_each_on_its_own(longest):
     model = build()
     parts = [tokens(1, length) for length in (120, 1, 300, 80)]
     alone = [logits(model, "prism-sparse", part) for part in parts]
@@ -244,6 +247,7 @@ def test_packed_sequences_with_lengths_are_sparse_each_on_its_own():
             past_key_values=transformers.DynamicCache(config=model.config),
             cu_seq_lens_q=lengths,
             cu_seq_lens_k=lengths,
+            **longest,
         )
     for got, want in zip(packed.split((120, 1, 300, 80), 1), alone, strict=True):
         close(got, want)

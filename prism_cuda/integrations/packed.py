@@ -93,13 +93,10 @@ def _at_once(
     where = Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
     scores = call.kernel_scores()
     head_dim = query.shape[-1]
-    dense = "dense_layers" if call.dense else None
     bands = None
-    if dense is None and ragged.selects(where, call.config, scores):
-        if head_dim in functional.HEAD_DIMS:
-            bands = Bands(*layer_ranges(call.module, head_dim, call.config))
-        else:
-            dense = f"head_dim {head_dim} is not one of {functional.HEAD_DIMS}"
+    selects = not call.dense and head_dim in functional.HEAD_DIMS
+    if selects and ragged.selects(where, call.config, scores):
+        bands = Bands(*layer_ranges(call.module, head_dim, call.config))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out, _, _, _ = ragged.run(
         q,
@@ -111,7 +108,7 @@ def _at_once(
         call.scale,
         True,
         scores,
-        dense=dense,
+        dense="dense_layers" if call.dense else None,
         layer_idx=call.layer_idx,
     )
     return out.transpose(0, 1)[None]

@@ -106,6 +106,9 @@ class ChunkedPrefill:
         v: torch.Tensor,
         *,
         scale: float | None = None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+        window_left: int | None = None,
         return_mask: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, BlockMask | None]:
         """Causal attention of a chunk of queries to all keys so far.
@@ -115,6 +118,7 @@ class ChunkedPrefill:
             k, v: (B, Hkv, k_len, D), all tokens so far, such as the filled part of a cache. Those
                 from position ``length`` on are pooled; the ones before have to be as they were.
             scale: softmax scale; D ** -0.5 if None.
+            sinks, softcap, window_left: as for :func:`prism_cuda.prefill`.
             return_mask: also return the :class:`BlockMask`, None where the chunk ran dense.
 
         Returns:
@@ -143,11 +147,24 @@ class ChunkedPrefill:
             self.append(k[:, :, self.length :])
             return torch.ops.prism.block_pool(q, self._config.block_sizes[0])
 
-        choice = functional.choose(q, k, v, self._config)
-        if choice.path == "dense":
+        scores = functional.Scores(sinks, softcap, window_left)
+        choice = functional.choose(q, k, v, self._config, scores)
+        if choice.path == "dense" or scores.windowed(k.shape[2]):
+            # Nothing is estimated: the means are for later chunks.
             self.append(k[:, :, self.length :])
-            out = functional.run_dense(q, k, v, scale, True, choice.reason)
-            return (out, None) if return_mask else out
+            out, full = functional.prefill(
+                q,
+                k,
+                v,
+                config=self._config,
+                scale=scale,
+                sinks=sinks,
+                softcap=softcap,
+                window_left=window_left,
+                return_mask=True,
+            )
+            mask = None if choice.path == "dense" else full
+            return (out, mask) if return_mask else out
         q_means = stage("pool", pool)
         q_len, k_len = q.shape[2], k.shape[2]
         bands = self._config.resolve_bands(q.shape[3])
@@ -159,7 +176,7 @@ class ChunkedPrefill:
         )
         out, _ = stage(
             "attend",
-            lambda: functional.sparse_attention(q, k, v, mask, scale=scale, return_lse=True),
+            lambda: functional.attend(q, k, v, mask, scale, scores),
         )
         if recorder is not None:
             kept = mask if recorder.masks else None

@@ -196,7 +196,7 @@ def prefill(
         )
     elif return_lse or choice.kernel != "sdpa":
         mask = _full_mask(q, k, config, causal, window_left)
-        out, lse = _attend(q, k, v, mask, scale, scores)
+        out, lse = attend(q, k, v, mask, scale, scores)
         note_dense(choice.reason, q, k)
     else:
         out = run_dense(q, k, v, scale, causal, choice.reason)
@@ -317,10 +317,10 @@ def run_sparse(
                 lambda: selection.select_from_means(*means, q_len, k_len, bands, config, causal),
                 q.device,
             )
-        (out, lse), times["attend"] = timed(lambda: _attend(q, k, v, mask, scale, scores), q.device)
+        (out, lse), times["attend"] = timed(lambda: attend(q, k, v, mask, scale, scores), q.device)
     elif bands is None or not scores.plain() or isinstance(top_p, tuple):
         mask = select()
-        out, lse = _attend(q, k, v, mask, scale, scores)
+        out, lse = attend(q, k, v, mask, scale, scores)
     else:
         high, low = bands.ranges
         out, lse, bits, counts = _ops.call(
@@ -407,7 +407,7 @@ def choose(
     )
 
 
-def _attend(
+def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -43,7 +43,7 @@ def every_block(
     else:
         rows_end = rows_end.clamp_max(q_len)
     keys_end = rows_end + offset if causal else torch.zeros_like(rows_end) + k_len
-    end = torch.where(row < q_len, -(-keys_end // k_block_size), 0).clamp_min(0)
+    end = (-(-keys_end // k_block_size)).clamp_min(0).masked_fill(row >= q_len, 0)
     if window_left is None:
         first = torch.zeros_like(end)
     else:

@@ -99,6 +99,19 @@ MODELS = {
         },
         (PRISM, WINDOW),
     ),
+    # Their layers do not hear of the window: it is in the mask alone.
+    "qwen2-moe-window": Model(
+        "Qwen2MoeConfig",
+        TINY_MOE
+        | {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2}
+        | {"shared_expert_intermediate_size": 64},
+        (WINDOW, PRISM),
+    ),
+    "phimoe-window": Model(
+        "PhimoeConfig",
+        {"sliding_window": 50, "num_local_experts": 2, "num_experts_per_tok": 1},
+        (WINDOW, WINDOW),
+    ),
     "phi3-partial": Model(
         "Phi3Config",
         {

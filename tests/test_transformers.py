@@ -232,8 +232,9 @@ def test_packed_sequences_run_dense_behind_a_mask():
 @pytest.mark.parametrize(
     "longest", [{}, {"max_length_q": 300, "max_length_k": 310}], ids=["read", "passed_on"]
 )
-def test_packed_sequences_with_lengths_are_sparse_each_on_its_own(longest):
-    model = build()
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_packed_sequences_with_lengths_are_sparse_each_on_its_own(name, longest):
+    model = build(MODELS[name][0], **MODELS[name][1])
     parts = [tokens(1, length) for length in (120, 1, 300, 80)]
     alone = [logits(model, "prism-sparse", part) for part in parts]
     lengths = torch.tensor([0, 120, 121, 121, 421, 501], dtype=torch.int32)  # one is empty

@@ -100,6 +100,8 @@ class PrismAttention:
         layer_idx = getattr(module, "layer_idx", None)
         if attention_mask is not None and attention_mask.dim() == 3:
             sliding_window = mask_window(attention_mask)
+            if attention_mask.shape[2] == 0:  # no padding
+                attention_mask = None
         call = LayerCall(
             module,
             layer_idx,
@@ -118,7 +120,7 @@ class PrismAttention:
             k_ends = kwargs.get("cu_seq_lens_k")
             longest = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
             out = attend_packed(call, query, key, value, q_ends, k_ends, *longest, attend)
-        elif attention_mask is None or attention_mask.dim() == 3 and attention_mask.shape[2] == 0:
+        elif attention_mask is None:
             out = attend(query, key, value)
         elif attention_mask.dim() == 3 or (attention_mask.dim() == 2 and call.causal):
             out = _attend_padded(attend, query, key, value, attention_mask)

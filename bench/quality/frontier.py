@@ -13,6 +13,7 @@ file after every piece; a second run with the same settings continues where the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
@@ -30,7 +31,7 @@ import torch
 import transformers
 from eval_testbed import held_out_tokens
 from evaluate import Suite, Texts, hidden_states, measure
-from methods import METHODS, Method
+from methods import METHODS, Method, P
 from tasks import TASKS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,8 +89,12 @@ class Results:
         beside.replace(self.path)
 
 
-def chosen_methods(names: list[str] | None) -> list[Method]:
-    """The methods of these names ("core" for those of CORE), or all, the core first."""
+def chosen_methods(names: list[str] | None, top_p: list[float] | None = None) -> list[Method]:
+    """The methods of these names ("core" for those of CORE), or all, the core first.
+
+    Args:
+        top_p: the settings of every method whose knob is p; None for its own.
+    """
     if names is None:
         names = [*CORE, *(name for name in METHODS if name not in CORE)]
     names = [part for name in names for part in (CORE if name == "core" else (name,))]
@@ -97,7 +102,14 @@ def chosen_methods(names: list[str] | None) -> list[Method]:
     if unknown:
         raise SystemExit(f"--methods: unknown {sorted(unknown)}; expected some of {list(METHODS)}")
     # Dense comes first: everything is compared with it.
-    return [METHODS[name] for name in dict.fromkeys(["dense", *names])]
+    methods = [METHODS[name] for name in dict.fromkeys(["dense", *names])]
+    if top_p is None:
+        return methods
+    knobs = tuple(sorted(top_p))
+    return [
+        dataclasses.replace(method, knobs=knobs) if method.knobs == P else method
+        for method in methods
+    ]
 
 
 def model_pieces(
@@ -183,6 +195,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], metavar="TOKENS")
     methods = f"'core' (the main comparison) and any of {', '.join(METHODS)}; default: all"
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=methods)
+    parser.add_argument("--top-p", type=float, nargs="+", metavar="P", help=f"default: {P}")
     parser.add_argument("--main-only", action="store_true", help="one knob per method in 'model'")
     parser.add_argument("--passes", nargs="+", default=["heads", "model"], metavar="PASS")
     parser.add_argument("--windows", type=int, default=2, help="perplexity windows per length")
@@ -191,6 +204,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), metavar="TASK")
     parser.add_argument("--text", type=Path, help="held-out text (default: standard library)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time")
+    parser.add_argument("--no-plots", action="store_true", help="write the JSON file alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
@@ -223,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     results = Results(args.out / "frontier.json", settings)
     print(f"{args.model} on {settings['device']}, results in {results.path}", flush=True)
-    methods = chosen_methods(args.methods)
+    methods = chosen_methods(args.methods, args.top_p)
     texts = {}
     for length in args.lengths:
         suite = Suite(length, args.windows, args.samples, args.instances, tuple(args.tasks))
@@ -237,7 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         for length in args.lengths:
             run_heads(model, results, methods, length, texts[length], deadline)
     summary.print_tables(results.data)
-    plots.draw_all(results.data, args.out)
+    if not args.no_plots:
+        plots.draw_all(results.data, args.out)
 
 
 if __name__ == "__main__":

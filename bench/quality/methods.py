@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -13,10 +13,13 @@ import torch
 from attend import Blocks, block_mass
 from scores import Call, Score
 
+from prism_cuda._bits import unpack
+
 Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 Group = Literal["reference", "baseline", "ablation", "variant"]
 
 P = (0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+EACH_P = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TAU = (2e-2, 1e-2, 5e-3, 2e-3, 1e-3, 5e-4)
 
 
@@ -124,9 +127,54 @@ class PerHead(Method):
         return ((probs >= thresholds[first][..., None, None]) | forced) & visible
 
 
+@dataclass(frozen=True)
+class Grid(Method):
+    """``fine``, by the package's kernel on CUDA: its cells are 16 x 16 as well.
+
+    Attributes:
+        divisor: of the rule ``either``; None for top-p alone.
+    """
+
+    divisor: float | None = 10
+
+    def mask(self, call: Call, knob: float) -> torch.Tensor:
+        return self.kernel_mask(call, knob) if call.q.is_cuda else super().mask(call, knob)
+
+    def kernel_mask(self, call: Call, knob: float) -> torch.Tensor:
+        """The mask by the op: that of ``score`` and ``rule``, but for near ties."""
+        above = None if self.divisor is None or knob >= 1 else (1 - knob) / self.divisor
+        options = {"q_block_size": self.q_size, "k_block_size": self.k_size}
+        bits, _ = torch.ops.prism.estimate_grid(call.q, call.k, knob, keep_above=above, **options)
+        return unpack(bits, self.blocks(call.q.shape[2]).k_blocks)
+
+
+@dataclass(frozen=True)
+class PeakAndMean(Method):
+    """Two views: top-p of the first, the peaks, or a mean share of at least (1 - p) / divisor.
+
+    Where the first view has a score per cell, every cell chooses, and a block is kept if one did.
+    """
+
+    divisor: float = 20
+
+    def mask(self, call: Call, knob: float) -> torch.Tensor:
+        assert self.score is not None
+        blocks = self.blocks(call.q.shape[2])
+        visible, forced = blocks.visible(call.q.device), blocks.forced(call.q.device)
+        peak, mean = self.score(call, blocks)
+        if peak.dim() > mean.dim():
+            seen = visible[:, None].expand(peak.shape)
+            exists = peak.sum(-1, keepdim=True) > 0  # not past the end
+            kept = (rules.top_p(peak, seen, knob) & exists).any(3)
+        else:
+            kept = rules.top_p(peak, visible, knob)
+        return kept | rules.above(mean, visible, (1 - knob) / self.divisor) | (forced & visible)
+
+
 OFFICIAL = partial(scores.bands, dims=(64, 96))
 FINE = partial(scores.fine, q_step=16, k_step=16)
 EITHER: dict[str, Any] = dict(rule=rules.either, main=0.9, k_size=64)
+DIVISORS = (5, 20, 40)
 THRESHOLD: dict[str, Any] = dict(rule=rules.above, knobs=TAU, main=5e-3, k_size=64)
 
 
@@ -137,6 +185,35 @@ def _grid(q_step: int, k_step: int, variance: bool) -> Method:
     about = f"means of {q_step} queries, {k_step} keys{' and their variance' if variance else ''}"
     return Method(name, f"{about}; threshold, 64-key blocks", "variant", score, **THRESHOLD)
 
+
+def _peak(
+    name: str, about: str, kind: type[Method] = Method, pool: scores.Pool = "peak", **changes: Any
+) -> Method:
+    """Blocks by the largest share of any cell's queries; ``changes`` to the score or the method."""
+    options: dict[str, Any] = dict(q_step=16, k_step=16, variance=0.0, spread=1.0, sharpen=1.0)
+    options |= {key: changes.pop(key) for key in list(changes) if key in options}
+    score = partial(scores.fine, pool=pool, **options)
+    return kind(name, about, "variant", score, **EITHER | changes)
+
+
+def _peak_and_mean(name: str, about: str, divisor: float = 20, **changes: Any) -> Method:
+    """Top-p of the peaks, or a threshold on the mean."""
+    pool = changes.pop("pool", "both")
+    rule: dict[str, Any] = dict(divisor=divisor, rule=rules.top_p)
+    return _peak(name, about, PeakAndMean, pool, **rule, **changes)
+
+
+def _divided(base: Method, divisor: int) -> Method:
+    """The same scores with another threshold at every p."""
+    name, about = f"{base.name}_by{divisor}", f"{base.name}, threshold (1 - p) / {divisor}"
+    changes: dict[str, Any] = dict(rule=partial(rules.either, divisor=divisor))
+    if isinstance(base, Grid):
+        changes["divisor"] = divisor
+    return replace(base, name=name, about=about, **changes)
+
+
+FINE_E = Grid("fine", "grid_16_16v, top-p or threshold", "variant", FINE, **EITHER)
+PEAK = _peak("peak", "largest share of any 16 queries, spread of the keys: top-p or threshold")
 
 _METHODS = (
     Method("dense", "every block", "reference", None, knobs=(1.0,), main=1.0),
@@ -196,6 +273,12 @@ _METHODS = (
         k_size=64,
     ),
     Method(
+        "auto",
+        "official, bands from the model's frequencies",
+        "variant",
+        partial(scores.bands, dims=None),
+    ),
+    Method(
         "auto_64",
         "B = 64, bands from the model's frequencies",
         "variant",
@@ -239,10 +322,11 @@ _METHODS = (
     Method(
         "prism_e_64", "official, top-p or threshold, 64-key blocks", "variant", OFFICIAL, **EITHER
     ),
-    Method("fine", "grid_16_16v, top-p or threshold: our proposal", "variant", FINE, **EITHER),
+    FINE_E,
+    *(_divided(FINE_E, divisor) for divisor in DIVISORS),
     Method("fine_t", "fine with the threshold alone", "variant", FINE, **THRESHOLD),
-    Method("fine_p", "fine with top-p alone", "variant", FINE, k_size=64),
-    Method("fine_128", "fine, 128-key blocks", "variant", FINE, **EITHER | {"k_size": 128}),
+    Grid("fine_p", "fine with top-p alone", "variant", FINE, k_size=64, divisor=None),
+    Grid("fine_128", "fine, 128-key blocks", "variant", FINE, **EITHER | {"k_size": 128}),
     Method(
         "fine_undo", "fine, pooling's loss undone", "variant", partial(FINE, undo=0.3), **EITHER
     ),
@@ -261,6 +345,64 @@ _METHODS = (
         **EITHER,
     ),
     PerHead("fine_head", "fine_t, a threshold per head", "variant", FINE, **THRESHOLD),
+    Method(
+        "fine_spread",
+        "fine, spread of the keys instead of their variance",
+        "variant",
+        partial(FINE, variance=0.0, spread=1.0),
+        **EITHER,
+    ),
+    Method(
+        "fine_both",
+        "fine, and the queries' variance",
+        "variant",
+        partial(FINE, q_variance=1.0),
+        **EITHER,
+    ),
+    PEAK,
+    *(_divided(PEAK, divisor) for divisor in DIVISORS),
+    *(
+        _peak_and_mean(
+            f"mixed_by{divisor}", f"peaks with top-p, or a mean of (1 - p) / {divisor}", divisor
+        )
+        for divisor in (10, 20, 40)
+    ),
+    _peak_and_mean("sharp_by5", "peaks of shares^1.5, or a mean of (1 - p) / 5", 5, sharpen=1.5),
+    _peak_and_mean("sharp_by10", "sharp_by5 with (1 - p) / 10", 10, sharpen=1.5),
+    _peak_and_mean("sharp_more", "sharp_by5, 1.5 times the spread", 5, sharpen=1.5, spread=1.5),
+    _peak_and_mean("sharp_128", "sharp_by5, 128-key blocks", 5, sharpen=1.5, k_size=128),
+    _peak_and_mean("sharp_8_16", "sharp_by5, cells of 8 queries", 5, sharpen=1.5, q_step=8),
+    _peak_and_mean("sharper_by5", "peaks of shares^2, or a mean of (1 - p) / 5", 5, sharpen=2.0),
+    _peak_and_mean(
+        "each_by20",
+        "top-p of every 16 queries, or a mean of (1 - p) / 20",
+        pool="cells",
+        knobs=EACH_P,
+    ),
+    _peak_and_mean("mixed_128", "mixed_by20, 128-key blocks", k_size=128),
+    _peak_and_mean("mixed_more", "mixed_by20, 1.5 times the spread", spread=1.5),
+    _peak_and_mean("mixed_v", "mixed_by20, the keys' variance", variance=1.0, spread=0.0),
+    _peak_and_mean("mixed_8_16", "mixed_by20, cells of 8 queries", q_step=8),
+    _peak_and_mean(
+        "mixed_8_8", "mixed_by20, 8 x 8 cells, half the spread", q_step=8, k_step=8, spread=0.5
+    ),
+    _peak("peak_p", "peak with top-p alone", rule=rules.top_p),
+    _peak("peak_t", "peak with the threshold alone", rule=rules.above, knobs=TAU, main=5e-3),
+    _peak("peak_128", "peak, 128-key blocks", k_size=128),
+    _peak("peak_16_16v", "peak with the keys' variance", variance=1.0, spread=0.0),
+    _peak("peak_half", "peak with half the spread", spread=0.5),
+    _peak("peak_more", "peak with 1.5 times the spread", spread=1.5),
+    _peak("peak_8_16", "peak, cells of 8 queries", q_step=8),
+    _peak("peak_4_16", "peak, cells of 4 queries, half the spread", q_step=4, spread=0.5),
+    _peak("peak_8_8", "peak, 8 x 8 cells, half the spread", q_step=8, k_step=8, spread=0.5),
+    _peak("peak_8_8v", "peak, 8 x 8 cells, variance", q_step=8, k_step=8, variance=1.0, spread=0.0),
+    Method(
+        "peak_antidiagonal",
+        "XAttention's scores, largest share: top-p or threshold",
+        "variant",
+        partial(scores.antidiagonal, pool="peak"),
+        **EITHER,
+    ),
     Method("oracle_e", "true block mass, top-p or threshold", "reference", scores.oracle, **EITHER),
 )
 

@@ -20,12 +20,15 @@ def above(probs: torch.Tensor, visible: torch.Tensor, threshold: float) -> torch
     return (probs >= threshold) & visible
 
 
-def either(probs: torch.Tensor, visible: torch.Tensor, p: float) -> torch.Tensor:
-    """top_p, and every block of at least (1 - p) / 10: what is dropped is neither much nor a peak.
+def either(
+    probs: torch.Tensor, visible: torch.Tensor, p: float, divisor: float = 10
+) -> torch.Tensor:
+    """top_p, and every block of at least (1 - p) / divisor: what is dropped is neither much nor a
+    peak.
 
     Top-p alone drops peaks of concentrated rows, a threshold alone all of the diffuse ones.
     """
-    return top_p(probs, visible, p) | above(probs, visible, (1 - p) / 10)
+    return top_p(probs, visible, p) | above(probs, visible, (1 - p) / divisor)
 
 
 def relative(probs: torch.Tensor, visible: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from attend import Blocks, block_mass, block_means, grouped_scores
@@ -45,6 +46,7 @@ class Call:
 
 
 Views = list[torch.Tensor]
+Pool = Literal["mean", "peak", "both", "cells"]
 Score = Callable[[Call, Blocks], Views]
 
 
@@ -157,29 +159,52 @@ def bounds(call: Call, blocks: Blocks) -> Views:
 
 
 def fine(
-    call: Call, blocks: Blocks, q_step: int, k_step: int, variance: float = 1.0, undo: float = 0.0
+    call: Call,
+    blocks: Blocks,
+    q_step: int,
+    k_step: int,
+    variance: float = 1.0,
+    spread: float = 0.0,
+    q_variance: float = 0.0,
+    undo: float = 0.0,
+    pool: Pool = "mean",
+    sharpen: float = 1.0,
 ) -> Views:
     """Block mass from a finer grid: softmax over means of ``k_step`` keys, summed to blocks.
 
-    Each mean of ``q_step`` queries has its own softmax, and a block's mass is their average.
+    Each mean of ``q_step`` queries has its own softmax; ``pool`` makes them one score per block.
 
     Args:
         variance: weight of the second-order term, see :func:`bands`.
+        spread: weight of the first-order term sum |q_d| std(k_d), which is what the best key of a
+            cell may score above the mean key, where variance is what all keys together do.
+        q_variance: weight of the queries' second-order term var(q) k^2 / 2.
         undo: divide each RoPE pair by what pooling left of it, at least this much; 0 leaves it.
+        pool: "mean": a block's score is the average share that the mean queries give it. "peak":
+            the largest one, scaled to sum to 1, so that a query that needs one key is not outvoted
+            by its neighbours. "both": two views, peak and mean. "cells": the shares themselves,
+            (B, Hq, Nq, cells, Nk), 0 for cells past the end, and the mean.
+        sharpen: power of the shares that the peaks are taken of, each cell's scaled to sum to 1:
+            above 1 cells that look at few blocks win over cells that look at many.
     """
     q, k = call.q, call.k
     q_means, k_means = block_means(q, q_step), block_means(k, k_step)
-    spread = block_means(k.float().square(), k_step) - k_means.square()
+    k_variance = (block_means(k.float().square(), k_step) - k_means.square()).clamp_min(0)
     if undo:
         for means, step in ((q_means, q_step), (k_means, k_step)):
             left = [band_split.attenuation(freq, step) for freq in call.frequencies]
             means /= torch.tensor(left * 2, device=q.device).clamp_min(undo)
     logits = grouped_scores(q_means, k_means)
+    scale = q.shape[-1] ** -0.5
     if variance:
-        square = q_means.square() * q.shape[-1] ** -0.5
-        logits += 0.5 * variance * grouped_scores(square, spread)
+        logits += 0.5 * variance * grouped_scores(q_means.square() * scale, k_variance)
+    if spread:
+        logits += spread * grouped_scores(q_means.abs(), k_variance.sqrt())
+    if q_variance:
+        square = block_means(q.float().square(), q_step) - q_means.square()
+        logits += 0.5 * q_variance * grouped_scores(square * scale, k_means.square())
     sub = Blocks(q_step, k_step, blocks.length)
-    return [_to_blocks(_softmax(logits, sub.visible(q.device)), sub, blocks)]
+    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool, sharpen)
 
 
 def rows(call: Call, blocks: Blocks, step: int = 16) -> Views:
@@ -199,16 +224,37 @@ def both(first: Score, second: Score) -> Score:
 
 def _to_blocks(probs: torch.Tensor, sub: Blocks, blocks: Blocks) -> torch.Tensor:
     """Sum a finer grid's probabilities over keys and average them over queries."""
+    return _pooled(probs, sub, blocks, "mean")[0]
+
+
+def _pooled(
+    probs: torch.Tensor, sub: Blocks, blocks: Blocks, pool: Pool, sharpen: float = 1.0
+) -> Views:
+    """Sum a finer grid's probabilities over keys, then pool them over queries, see :func:`fine`."""
     per_q, per_k = blocks.q // sub.q, blocks.k // sub.k
     pad_q = blocks.q_blocks * per_q - sub.q_blocks
     pad_k = blocks.k_blocks * per_k - sub.k_blocks
     padded = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q))
-    mass = padded.unflatten(3, (-1, per_k)).sum(-1).unflatten(2, (-1, per_q)).sum(3)
+    shares = padded.unflatten(3, (-1, per_k)).sum(-1).unflatten(2, (-1, per_q))
+    mean = _sum_to_one(shares.sum(3))
+    if pool == "mean":
+        return [mean]
+    if pool == "cells":
+        return [shares, mean]
+    sharp = shares if sharpen == 1 else _sum_to_one(shares**sharpen)
+    peak = _sum_to_one(sharp.amax(3))
+    return [peak] if pool == "peak" else [peak, mean]
+
+
+def _sum_to_one(mass: torch.Tensor) -> torch.Tensor:
     return mass / mass.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
-def antidiagonal(call: Call, blocks: Blocks, stride: int = 8) -> Views:
-    """XAttention: the summed antidiagonal of every stride x stride tile stands for the tile."""
+def antidiagonal(call: Call, blocks: Blocks, stride: int = 8, pool: Pool = "mean") -> Views:
+    """XAttention: the summed antidiagonal of every stride x stride tile stands for the tile.
+
+    ``pool`` as in :func:`fine`.
+    """
     q, k = call.q, call.k
     length = blocks.length
     pad = -length % stride
@@ -218,7 +264,7 @@ def antidiagonal(call: Call, blocks: Blocks, stride: int = 8) -> Views:
     scale = 1 / math.sqrt(stride)  # grouped_scores divides by the root of stride * head_dim
     sub = Blocks(stride, stride, length)
     logits = grouped_scores(q, k) * scale
-    return [_to_blocks(_softmax(logits, sub.visible(q.device)), sub, blocks)]
+    return _pooled(_softmax(logits, sub.visible(q.device)), sub, blocks, pool)
 
 
 def last_queries(call: Call, blocks: Blocks, rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,9 @@ The corpus is the Python source installed next to this interpreter (site-package
 package and folder by folder; the standard library is held out, vendored copies of it included. Part
 of the training sequences get synthetic copies: spans that reappear up to a whole context later.
 Context grows in phases, and the learning rate falls to zero over the last two of them. Phases and
-learning rate follow elapsed time, so a run always ends with a finished model.
+learning rate follow elapsed time, so a run always ends with a finished model. With --yarn the
+phases up to the longest context over its factor are trained with plain RoPE, the longer ones with
+YaRN, as models that were extended this way.
 
     python bench/quality/train_testbed.py --minutes 7 --out examples/testbed
     python bench/quality/train_testbed.py --smoke --out /tmp/testbed     # CPU, under a minute
@@ -253,6 +255,13 @@ def warm_up(
     return seq_lens
 
 
+def set_rope(model: Qwen3ForCausalLM, parameters: dict[str, Any]) -> None:
+    """Rotate queries and keys by these rope_parameters from now on."""
+    model.config.rope_parameters = parameters
+    old = model.model.rotary_emb
+    model.model.rotary_emb = type(old)(model.config).to(old.inv_freq.device)
+
+
 def save_model(model: Qwen3ForCausalLM, folder: Path) -> None:
     """Write the weights beside the old ones, then swap: a killed run leaves a whole file."""
     beside = folder.with_name(folder.name + ".new")
@@ -284,6 +293,9 @@ def train(
             done = elapsed / seconds
             index = min(int(np.searchsorted(ends, done, side="right")), len(ends) - 1)
             phase = recipe.phases[index]
+            parameters = rope_parameters(args, phase.seq_len, recipe.phases[-1].seq_len)
+            if parameters["rope_type"] != model.config.rope_parameters["rope_type"]:
+                set_rope(model, parameters)
             batch = sampler.batch(phase.seq_len, phase.batch_tokens // phase.seq_len)
             if device.type == "cuda":  # from pageable memory the copy would wait for the GPU
                 batch = (batch[0].pin_memory(), batch[1].pin_memory())
@@ -356,8 +368,12 @@ def parse_args(description: str | None) -> argparse.Namespace:
     parser.add_argument("--copy-share", type=float, default=0.25, help="sequences with copies")
     parser.add_argument("--rope-theta", type=float, default=1e6, help="base (default: 1e6)")
     parser.add_argument(
-        "--yarn", type=float, default=1.0, help="factor of YaRN scaling; 1 (the default) is none"
+        "--yarn",
+        type=float,
+        default=1.0,
+        help="factor of YaRN in the long phases (default: 1, none)",
     )
+    parser.add_argument("--no-eval", action="store_true", help="end when the model is saved")
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
     parser.add_argument("--min-rate", type=float, default=1e5, help="tokens/s below which to stop")
     parser.add_argument("--log-every", type=int, default=20, metavar="STEPS")
@@ -376,15 +392,20 @@ def plain_sampler(tokens: np.ndarray, recipe: Recipe, args: argparse.Namespace) 
     return Sampler(tokens, recipe.text.vocab, args.copy_share, rng)
 
 
-def rope_parameters(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """transformers' description of the rotation that the arguments ask for."""
-    if args.yarn == 1:
+def rope_parameters(args: argparse.Namespace, seq_len: int, longest: int) -> dict[str, Any]:
+    """transformers' description of the rotation of a phase that trains ``seq_len`` tokens.
+
+    Args:
+        longest: tokens of the last phase, whose context YaRN reaches.
+    """
+    original = int(longest / args.yarn)
+    if seq_len <= original:
         return {"rope_type": "default", "rope_theta": args.rope_theta}
     return {
         "rope_type": "yarn",
         "rope_theta": args.rope_theta,
         "factor": args.yarn,
-        "original_max_position_embeddings": int(length / args.yarn),
+        "original_max_position_embeddings": original,
     }
 
 
@@ -407,7 +428,8 @@ def run(
         text = executor.submit(
             corpus.prepare_corpus, args.corpus, recipe.text, args.seed, args.out, longest, pool
         )
-        model = build_model(recipe, rope_parameters(args, longest))
+        first = recipe.phases[0].seq_len
+        model = build_model(recipe, rope_parameters(args, first, longest))
         model.to(device)  # type: ignore[arg-type]
         n_params = sum(param.numel() for param in model.parameters())
         print(f"model: {n_params:,} parameters on {device}", flush=True)
@@ -421,7 +443,7 @@ def run(
         tokens, corpus_report = text.result()
     sampler = make_sampler(tokens, recipe, args)
 
-    reserved = 5 if args.smoke else 50  # seconds for evaluation and saving
+    reserved = 5 if args.smoke or args.no_eval else 50  # seconds for evaluation and saving
     left = 60 * args.total_minutes - (time.perf_counter() - begin) - reserved
     seconds = min(60 * args.minutes, left)
     print(f"training for {seconds:.0f} s", flush=True)
@@ -445,6 +467,8 @@ def run(
     }
     (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
 
+    if args.no_eval:
+        return args
     use_sdp_backends("flash", "cudnn", "efficient", "math")
     results = evaluate(args.out, device, seed=args.seed, **recipe.eval_options)
     (args.out / "eval.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -263,13 +263,16 @@ def _length_fits(n: int, site: Site) -> bool:
     return n >= 0 and oracle.ceil_div(n, block_size) == blocks
 
 
-def _longest_k_fits(n: int, site: Site) -> bool:
+def _longest_fits(n: int, site: Site) -> bool:
+    table = site.arguments["block_table"] if site.name == "max_seqlen_k" else None
+    return 0 <= n <= 2**30 - 256 and (table is None or n <= table.shape[1] * PAGE_SIZE)
+
+
+def _masked_k_fits(n: int, site: Site) -> bool:
     words = site.arguments["bits"].shape[3]
-    table = site.arguments["block_table"]
     return (
-        n >= 0
+        _longest_fits(n, site)
         and oracle.ceil_div(oracle.ceil_div(n, site.sizes.blocks[1]), 32) == words
-        and (table is None or n <= table.shape[1] * PAGE_SIZE)
     )
 
 
@@ -295,7 +298,8 @@ def _appended_fits(name: str) -> Callable[[int, Site], bool]:
 BLOCK_SIZE = integers_but(lambda n, _: n in (64, 128))
 BLOCK_SIZE_OF_PAIR = integers_but(_pair_fits)
 LENGTH = integers_but(_length_fits)
-LONGEST_K = integers_but(_longest_k_fits)
+MASKED_K = integers_but(_masked_k_fits)
+LONGEST = integers_but(_longest_fits)
 START = integers_but(_appended_fits("start"))
 COUNT = integers_but(lambda n, _: n >= 0)
 PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT_A_FLOAT)
@@ -359,10 +363,9 @@ MASKED = BLOCKS | {
     "window_left": WINDOW,
 }
 SEQUENCES = {
-    "q": (*PACKED, Q_HEADS),
     "cu_seqlens_q": (*LENGTHS, ABSENT),
-    "max_seqlen_q": LENGTH,
-    "max_seqlen_k": LONGEST_K,
+    "max_seqlen_q": LONGEST,
+    "max_seqlen_k": LONGEST,
 }
 IN_ROWS = {
     "cu_seqlens_k": (*LENGTHS, ABSENT),
@@ -383,7 +386,11 @@ IN_PAGES = {
         NOT_A_TENSOR,
     ),
 }
-VARLEN = MASKED | SEQUENCES
+VARLEN = (
+    MASKED
+    | SEQUENCES
+    | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
+)
 ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 
 OPS: dict[str, Op] = {

@@ -104,11 +104,16 @@ def test_opcheck_of_inputs_that_require_grad(name: str, device: str) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> None:
     arguments, options = sample(name, device)
-    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def on_meta(a: Any) -> Any:
+        return a.to("meta") if isinstance(a, torch.Tensor) else a
+
+    metas = [on_meta(a) for a in arguments]
+    meta_options = {key: on_meta(a) for key, a in options.items()}
     for meta, a in zip(metas, arguments, strict=True):
         assert not isinstance(a, torch.Tensor) or meta.stride() == torch.empty_like(a).stride()
     for fake, real in zip(
-        as_tuple(op(name)(*metas, **options)), as_tuple(op(name)(*arguments, **options)),
+        as_tuple(op(name)(*metas, **meta_options)), as_tuple(op(name)(*arguments, **options)),
         strict=True,
     ):  # fmt: skip
         assert fake.device.type == "meta"

@@ -98,6 +98,12 @@ def test_unknown_methods_are_named() -> None:
         frontier.chosen_methods(["prism", "nonesuch"])
 
 
+def test_other_settings_of_p_leave_thresholds_alone() -> None:
+    dense, prism, threshold = frontier.chosen_methods(["prism", "fine_t"], [0.97, 0.5])
+    assert dense.knobs == (1.0,) and prism.knobs == (0.5, 0.97)
+    assert threshold.knobs == frontier.METHODS["fine_t"].knobs
+
+
 def test_dense_attention_of_the_runner_is_the_model_s_own(model) -> None:
     import capture
     from evaluate import hidden_states
@@ -120,3 +126,25 @@ def test_density_needed() -> None:
     assert summary.density_needed([], 0.1) is None
     # A dip before a worse setting does not count: from there on the loss must hold.
     assert summary.density_needed([(0.1, 0.0), (0.2, 1.0), (0.3, 0.01)], 0.1) == pytest.approx(0.25)
+
+
+def test_targets_are_shares_of_official_prism(capsys) -> None:
+    def entry(method: str, density: float, nats: float, copy: float, chain: float) -> dict:
+        tasks = {"copy": {"token_accuracy": copy}, "variable_tracking": {"token_accuracy": chain}}
+        return {
+            **dict(method=method, length=64, density=density, nats=[nats], tasks=tasks),
+            "estimate_ms": 1.0,
+        }
+
+    entries = [
+        entry("dense", 1.0, 1.0, 1.0, 0.7),
+        entry("prism", 0.8, 1.0, 1.0, 0.7),
+        entry("fine", 0.4, 1.0, 1.0, 0.6),  # what it loses is no retrieval
+    ]
+    data = {"heads": {}, "model": {str(i): row for i, row in enumerate(entries)}}
+    assert summary.model_curves(data, 64, "retrieval")["fine"] == [(0.4, 0.0)]
+    assert summary.model_curves(data, 64, "accuracy")["fine"] == [(0.4, pytest.approx(0.05))]
+    summary.print_tables(data)
+    printed = capsys.readouterr().out.split("densities for the targets")[1]
+    (fine,) = (line.split() for line in printed.splitlines() if "fine" in line)
+    assert fine == ["fine", "0.400", "0.500", "-", "-", "0.400", "0.500"]

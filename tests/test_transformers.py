@@ -256,6 +256,26 @@ def test_packed_sequences_with_lengths_are_sparse_each_on_its_own(name, longest)
     assert paths == ["prism", "dense", "prism", "prism"]
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_short_packed_sequences_do_not_see_each_other(name):
+    model = build(MODELS[name][0], **MODELS[name][1])
+    parts = [tokens(1, length) for length in (120, 180)]
+    alone = [logits(model, "eager", part) for part in parts]
+    lengths = torch.tensor([0, 120, 300], dtype=torch.int32)
+    packed = logits(
+        model,
+        "prism-default",
+        torch.cat(parts, 1),
+        position_ids=torch.cat([torch.arange(part.shape[1]) for part in parts])[None],
+        past_key_values=transformers.DynamicCache(config=model.config),
+        cu_seq_lens_q=lengths,
+        cu_seq_lens_k=lengths,
+        max_length_q=180,
+        max_length_k=180,
+    )
+    close(packed, torch.cat(alone, 1))
+
+
 @pytest.mark.parametrize(
     ("q_lengths", "k_lengths", "message"),
     [

@@ -73,10 +73,9 @@ def prism_mask(
             )
         return token_mask()
     hiding = window if mask_function is not causal_mask_function and not window_open else None
-    if hiding is not None and not _could_be_sparse(prism_config, q_length, kv_length):
-        return token_mask()
     growing = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if attention_mask is None and growing:
+    # A step of decode shares one mask among its layers.
+    if attention_mask is None and growing and not (hiding is not None and q_length == 1):
         return _without_padding(batch_size, hiding, kwargs.get("device"))
     if not _could_be_sparse(prism_config, q_length, kv_length):
         return token_mask()

@@ -1,15 +1,23 @@
-"""Times sparse_attention_varlen: packed and paged beside contiguous, ragged beside padded.
+"""Times serving shapes: packed, paged and ragged attention, ragged prefill, prefill in chunks.
 
     python bench/serving.py --json serving.json
     python bench/serving.py --lengths 32768 --page-sizes 16 128
+    python bench/serving.py --only ragged-prefill
 
 First one sequence a length, whose tokens lie contiguous, packed or in shuffled pages;
 `vs_contiguous` is the share of the contiguous call's speed. Then a batch of the lengths in MIX,
 ragged and padded to the longest. Outputs are compared with the contiguous ones before anything is
 timed: where the same kernel computes them the same way they have to be equal bit by bit, else
-within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py). Last a prompt
-prefilled in chunks by ChunkedPrefill, estimation included, in eager calls; `relative_change` is how
-far its output is from that of one call (norm of the difference over the norm).
+within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py).
+
+Then whole prefill of that batch, estimation included, structured inputs, top-p 0.95: prefill of one
+sequence after the other, prefill of the batch padded to the longest, and prefill_varlen, in eager
+calls, whose host overhead counts, and in a CUDA graph; `vs_contiguous` is against one after the
+other, eager, and prefill_varlen's output is compared with that.
+
+Last a prompt prefilled in chunks by ChunkedPrefill, estimation included, in eager calls;
+`relative_change` is how far its output is from that of one call (norm of the difference over the
+norm).
 """
 
 from __future__ import annotations
@@ -31,6 +39,7 @@ DEVICE = "cuda"
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIX = (16384, 9000, 5000, 2500, 1200, 700, 300, 131, 64, 1)
 PAGE_SIZES = (256, 128, 64, 32, 16, 8, 1)
+PARTS = ("attention", "ragged-prefill", "chunks")
 Result = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
@@ -144,6 +153,47 @@ def mixed(density: float, options: argparse.Namespace) -> list[Row]:
     ]  # fmt: skip
 
 
+def ragged_prefill(options: argparse.Namespace) -> list[Row]:
+    """Whole prefill of a mixed batch: by sequence, padded, and ragged; eager and captured."""
+    longest = max(MIX)
+    sequences = [
+        structured_qkv(HEADS, KV_HEADS, length, HEAD_DIM, torch.bfloat16, DEVICE, seed)
+        for seed, length in enumerate(MIX)
+    ]
+    q, k, v = (
+        torch.cat([x[0].transpose(0, 1) for x in column]) for column in zip(*sequences, strict=True)
+    )
+    batch = [
+        torch.nn.utils.rnn.pad_sequence(x.split(MIX), batch_first=True).transpose(1, 2)
+        for x in (q, k, v)
+    ]
+    cu_seqlens = ends(MIX)
+    jobs: dict[str, Callable[[], Any]] = {
+        "one by one": lambda: [prism_cuda.prefill(*sequence) for sequence in sequences],
+        "padded": lambda: prism_cuda.prefill(*batch),
+        "prefill_varlen": lambda: prism_cuda.prefill_varlen(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest,
+            max_seqlen_k=longest,
+        ),
+    }  # fmt: skip
+    want = torch.cat([out[0].transpose(0, 1) for out in jobs["one by one"]()])
+    error = (jobs["prefill_varlen"]().float() - want.float()).norm() / want.float().norm()
+    if error > 0.01:
+        raise SystemExit(f"prefill_varlen: off by {error} of the norm")
+    jobs["padded"]()
+    replays = {
+        f"{name}, graph": capture(lambda _, job=job: job(), [None]) for name, job in jobs.items()
+    }
+    both = jobs | replays
+    times = measure_alternating(list(both.values()), budget_ms=options.budget_ms)
+    medians = {name: median(of_job) for name, of_job in zip(both, times, strict=True)}
+    return [
+        {"L": f"{len(MIX)} of 1 to {longest}", "density": "top-p 0.95", "layout": name, "ms": ms,
+         "vs_contiguous": medians["one by one"] / ms}
+        for name, ms in medians.items()
+    ]  # fmt: skip
+
+
 def chunked(length: int, options: argparse.Namespace) -> list[Row]:
     """Whole prefill, estimation included, by chunks with pooled keys kept, and in one call."""
     q, k, v = structured_qkv(HEADS, KV_HEADS, length, HEAD_DIM, torch.bfloat16, DEVICE)
@@ -180,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--page-sizes", type=int, nargs="*", default=list(PAGE_SIZES))
     parser.add_argument("--chunks", type=int, nargs="*", default=[2048, 8192, 32768])
     parser.add_argument("--chunked-length", type=int, default=131072)
+    parser.add_argument("--only", choices=PARTS, help="one part of the benchmark")
     parser.add_argument("--budget-ms", type=float, default=60.0, help="GPU time of one layout")
     parser.add_argument("--json", help="file to write")
     return parser.parse_args()
@@ -189,11 +240,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     rows: list[Row] = []
-    for density in options.densities:
+    parts = PARTS if options.only is None else (options.only,)
+    for density in options.densities if "attention" in parts else []:
         for length in options.lengths:
             rows += one_sequence(length, density, options)
         rows += mixed(density, options)
-    if options.chunks:
+    if "ragged-prefill" in parts:
+        rows += ragged_prefill(options)
+    if "chunks" in parts and options.chunks:
         rows += chunked(options.chunked_length, options)
     print_table(rows, ["L", "density", "layout", "ms", "vs_contiguous", "relative_change"])
     if options.json:

@@ -21,3 +21,11 @@ def unpack(bits: torch.Tensor, length: int) -> torch.Tensor:
     """Unpack int32 (..., words) into bool (..., length); the inverse of :func:`pack`."""
     shifts = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int32)
     return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :length]
+
+
+def prefix(lengths: torch.Tensor, words: int) -> torch.Tensor:
+    """Int32 (..., words) with the first ``lengths`` (int, >= 0) of each row's bits set."""
+    starts = torch.arange(0, words * WORD_BITS, WORD_BITS, device=lengths.device)
+    in_word = (lengths.unsqueeze(-1) - starts).clamp(0, WORD_BITS)
+    # In 64 bits, where a shift by 32 is defined.
+    return ((1 << in_word.long()) - 1).to(torch.int32)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from prism_cuda import _bits, reference
+from prism_cuda._every_block import every_block
 from prism_cuda.config import BLOCK_SIZES
 
 if TYPE_CHECKING:
@@ -108,15 +109,24 @@ class BlockMask:
         q_block_size: int = 128,
         k_block_size: int = 128,
         causal: bool = True,
+        window_left: int | None = None,
         device: torch.device | str = "cpu",
     ) -> BlockMask:
-        """The mask of dense attention: every visible block kept."""
+        """The mask of dense attention: every visible block kept.
+
+        Args:
+            window_left: keep only blocks with a key that some row sees through a window of so many
+                keys before its own. Attention under this mask needs the same ``window_left``.
+        """
         _check_sizes(q_len, k_len, q_block_size, k_block_size)
-        visible = reference.visible_blocks(
-            q_len, k_len, causal, q_block_size, k_block_size, device
-        ).expand(batch, q_heads, -1, -1)
-        counts = visible.sum(-1, dtype=torch.int32)
-        return cls(_bits.pack(visible), counts, q_len, k_len, q_block_size, k_block_size, causal)
+        sizes = (q_block_size, k_block_size)
+        words = -(-k_len // (k_block_size * _bits.WORD_BITS))
+        bits, counts = every_block(
+            q_len, k_len, -(-q_len // q_block_size), words, sizes, causal, window_left, device
+        )
+        bits = bits.expand(batch, q_heads, -1, -1).contiguous()
+        counts = counts.expand(batch, q_heads, -1).contiguous()
+        return cls(bits, counts, q_len, k_len, *sizes, causal)
 
     @property
     def q_blocks(self) -> int:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from prism_cuda import _ops, functional, recording
+from prism_cuda import _ops, functional, recording, selection
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 from prism_cuda.reference import CELL_TOKENS, cell_width
@@ -39,9 +39,7 @@ class _KeyMeans:
         )
 
     def append(self, k: torch.Tensor, start: int) -> None:
-        torch.ops.prism.pool_append_(
-            k, self.means, self._sums, start, self._config.block_sizes[1]
-        )
+        torch.ops.prism.pool_append_(k, self.means, self._sums, start, self._config.block_sizes[1])
 
     def pool_queries(self, q: torch.Tensor) -> torch.Tensor:
         return torch.ops.prism.block_pool(q, self._config.block_sizes[0])
@@ -49,7 +47,7 @@ class _KeyMeans:
     def select(
         self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
     ) -> BlockMask:
-        return functional.select_from_means(
+        return selection.select_from_means(
             q_means,
             self.means[:, :, : -(-k_len // self._config.block_sizes[1])],
             q.shape[2],
@@ -91,7 +89,7 @@ class _KeyCells:
     def select(
         self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
     ) -> BlockMask:
-        return functional.select_from_cells(
+        return selection.select_from_cells(
             q, self._cells, self._factors, k_len, self._config, scale
         )
 
@@ -129,8 +127,8 @@ class ChunkedPrefill:
         device: torch.device | str = "cuda",
     ) -> None:
         self._config = config or PrismConfig()
-        largest = functional.MAX_HEAD_DIM[self._config.estimator]
-        if head_dim % 8 or not 0 < head_dim <= largest:
+        if not functional.is_estimated(head_dim, self._config):
+            largest = functional.MAX_ESTIMATED_HEAD_DIM[self._config.estimator]
             raise ValueError(
                 f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
             )
@@ -172,6 +170,9 @@ class ChunkedPrefill:
         v: torch.Tensor,
         *,
         scale: float | None = None,
+        sinks: torch.Tensor | None = None,
+        softcap: float | None = None,
+        window_left: int | None = None,
         return_mask: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, BlockMask | None]:
         """Causal attention of a chunk of queries to all keys so far.
@@ -181,6 +182,7 @@ class ChunkedPrefill:
             k, v: (B, Hkv, k_len, D), all tokens so far, such as the filled part of a cache. Those
                 from position ``length`` on are pooled; the ones before have to be as they were.
             scale: softmax scale; D ** -0.5 if None.
+            sinks, softcap, window_left: as for :func:`prism_cuda.prefill`.
             return_mask: also return the :class:`BlockMask`, None where the chunk ran dense.
 
         Returns:
@@ -209,17 +211,30 @@ class ChunkedPrefill:
             self.append(k[:, :, self.length :])
             return self._keys.pool_queries(q)
 
-        choice = functional.choose(q, k, v, self._config)
-        if choice.path == "dense":
+        scores = functional.Scores(sinks, softcap, window_left)
+        choice = functional.choose(q, k, v, self._config, scores)
+        if choice.path == "dense" or scores.windowed(k.shape[2]):
+            # Nothing is estimated: the means are for later chunks.
             self.append(k[:, :, self.length :])
-            out = functional.run_dense(q, k, v, scale, True, choice.reason)
-            return (out, None) if return_mask else out
+            out, full = functional.prefill(
+                q,
+                k,
+                v,
+                config=self._config,
+                scale=scale,
+                sinks=sinks,
+                softcap=softcap,
+                window_left=window_left,
+                return_mask=True,
+            )
+            mask = None if choice.path == "dense" else full
+            return (out, mask) if return_mask else out
         q_means = stage("pool", pool)
         q_len, k_len = q.shape[2], k.shape[2]
         mask = stage("select", lambda: self._keys.select(q, q_means, k_len, scale))
         out, _ = stage(
             "attend",
-            lambda: functional.sparse_attention(q, k, v, mask, scale=scale, return_lse=True),
+            lambda: functional.attend(q, k, v, mask, scale, scores),
         )
         if recorder is not None:
             kept = mask if recorder.masks else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,24 +11,44 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from prism_cuda import _ops, recording
+from prism_cuda import _ops, recording, selection
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
-from prism_cuda.per_head import (
-    HeadBands,
-    Selection,
-    Setting,
-    each_setting,
-    settings_of_heads,
-    take,
-)
+from prism_cuda.per_head import HeadBands, settings_of_heads
 
-# Of the heads that blocks are estimated for: multiples of 8.
-MAX_HEAD_DIM = {"bands": 256, "grid": 128}
+MAX_HEAD_DIM = 256  # of attention; multiples of 8
+MAX_ESTIMATED_HEAD_DIM = {"bands": 256, "grid": 128}
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Result = TypeVar("_Result")
+
+WINDOW_REASON = "sliding window: every block in it"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What changes attention's scores and denominators.
+
+    Attributes:
+        sinks: float32 (Hq,), a logit per head that joins the softmax denominator.
+        softcap: scaled scores become softcap * tanh(score / softcap).
+        window_left: a row sees only so many keys before its own position.
+    """
+
+    sinks: torch.Tensor | None = None
+    softcap: float | None = None
+    window_left: int | None = None
+
+    def plain(self) -> bool:
+        return self.sinks is None and self.softcap is None and self.window_left is None
+
+    def windowed(self, k_len: int) -> bool:
+        """Whether the window hides any of the keys."""
+        return self.window_left is not None and self.window_left + 1 < k_len
+
+
+PLAIN = Scores()
 
 
 @dataclass(frozen=True)
@@ -46,10 +66,6 @@ class Dispatch:
     reason: str
 
 
-def _dense(reason: str) -> Dispatch:
-    return Dispatch("dense", "sdpa", reason)
-
-
 def dispatch(
     q_len: int,
     k_len: int,
@@ -57,38 +73,82 @@ def dispatch(
     dtype: torch.dtype,
     device: torch.device | str,
     config: PrismConfig | None = None,
+    *,
+    sinks: bool = False,
+    softcap: float | None = None,
+    window_left: int | None = None,
 ) -> Dispatch:
-    """Say how :func:`prefill` would run a call, without running it."""
+    """Say how :func:`prefill` would run a call, without running it.
+
+    Args:
+        sinks: whether the call has sinks; softcap, window_left: as :func:`prefill` takes them.
+    """
     config = config or PrismConfig()
     device = torch.device(device)
-    q_block_size, k_block_size = config.block_sizes
+    windowed = Scores(window_left=window_left).windowed(k_len)
+    kernel = attention_kernel(head_dim, dtype, device, config, softcap is not None, windowed)
+    reason = why_dense(q_len, k_len, head_dim, config, windowed)
+    if reason is None and kernel.startswith("unsupported"):
+        reason = kernel
+    if reason is None:
+        return Dispatch("prism", kernel, WINDOW_REASON if windowed else "block-sparse")
+    # Torch's attention knows none of these: the block-sparse kernel computes every block.
+    if sinks or softcap is not None or windowed:
+        return Dispatch("dense", kernel, reason)
+    return Dispatch("dense", "sdpa", reason)
+
+
+def why_dense(
+    q_len: int, k_len: int, head_dim: int, config: PrismConfig, windowed: bool
+) -> str | None:
+    """Why a call of this size keeps every block, or None: blocks are selected, or a window's kept.
+
+    Windows need no estimation: every head_dim that attention takes will do.
+    """
+    q_block_size = config.block_sizes[0]
     if q_len == 1:
-        return _dense("decode: one query token")
+        return "decode: one query token"
     if q_len < q_block_size:
-        return _dense(f"q_len {q_len} is less than one block of {q_block_size}")
+        return f"q_len {q_len} is less than one block of {q_block_size}"
     if k_len < config.dense_below:
-        return _dense(f"k_len {k_len} is below dense_below {config.dense_below}")
-    largest = MAX_HEAD_DIM[config.estimator]
-    if head_dim % 8 or not 0 < head_dim <= largest:
-        return _dense(
-            f"head_dim {head_dim} is not a multiple of 8 up to {largest}, as estimator "
-            f"{config.estimator!r} needs"
+        return f"k_len {k_len} is below dense_below {config.dense_below}"
+    if not windowed and not is_estimated(head_dim, config):
+        return (
+            f"head_dim {head_dim} is not a multiple of 8 up to "
+            f"{MAX_ESTIMATED_HEAD_DIM[config.estimator]}, as estimator {config.estimator!r} needs"
         )
+    return None
+
+
+def is_estimated(head_dim: int, config: PrismConfig) -> bool:
+    """Whether config's estimator has kernels for this head size."""
+    return head_dim % 8 == 0 and 0 < head_dim <= MAX_ESTIMATED_HEAD_DIM[config.estimator]
+
+
+def attention_kernel(
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    config: PrismConfig,
+    softcap: bool = False,
+    windowed: bool = False,
+) -> str:
+    """The attention kernel that serves these tensors, "cpu" for the reference; or
+    "unsupported: ..."."""
     if device.type not in ("cuda", "cpu"):
-        return _dense(f"no kernel for {device.type} devices")
+        return f"unsupported: no kernel for {device.type} devices"
     dtypes = CUDA_DTYPES if device.type == "cuda" else CPU_DTYPES
     if dtype not in dtypes:
-        return _dense(f"{dtype} is not supported on {device.type}")
+        return f"unsupported: {dtype} is not supported on {device.type}"
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        return f"unsupported: head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}"
     if device.type == "cpu":
-        return Dispatch("prism", "cpu", "block-sparse")
+        return "cpu"
     _ops.load()
     major, minor = torch.cuda.get_device_capability(device)
-    kernel = torch.ops.prism.attention_kernel(
-        10 * major + minor, dtype, head_dim, q_block_size, k_block_size
+    return torch.ops.prism.attention_kernel(
+        10 * major + minor, dtype, head_dim, *config.block_sizes, softcap, windowed
     )
-    if kernel.startswith("unsupported"):
-        return _dense(kernel)
-    return Dispatch("prism", kernel, "block-sparse")
 
 
 def prefill(
@@ -99,6 +159,9 @@ def prefill(
     config: PrismConfig | None = None,
     scale: float | None = None,
     causal: bool = True,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple:
@@ -112,30 +175,42 @@ def prefill(
             dense attention, see :func:`dispatch`.
         scale: softmax scale; D ** -0.5 if None.
         causal: row i sees keys up to i + (k_len - q_len).
+        sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
+            (attention sinks); lse includes it. Selection does not look at it.
+        softcap: scaled scores become softcap * tanh(score / softcap), in attention; selection
+            ranks blocks by scores without the cap.
+        window_left: a row sees only so many keys before its own position (a sliding window of
+            window_left + 1 tokens). Where that hides any key nothing is estimated: every block in
+            the window is kept and the result is exact, at any D that is a multiple of 8 up to 256.
         return_lse: also return float32 (B, Hq, q_len), the log of the softmax denominator.
         return_mask: also return the :class:`BlockMask` that was computed.
 
     Returns:
-        out like q, or (out[, lse][, mask]). A row that sees no key gets out 0 and lse -inf.
+        out like q, or (out[, lse][, mask]). A row that sees no key gets out 0 and lse -inf (its
+        sink, where there are sinks).
 
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other.
     """
     config = config or PrismConfig()
-    choice = choose(q, k, v, config)
+    scores = Scores(sinks, softcap, window_left)
+    choice = choose(q, k, v, config, scores)
+    lse = mask = None
     if choice.path == "prism":
-        bands = _bands(q, config)
-        out, lse, mask = run_sparse(q, k, v, bands, config, scale, causal, choice.reason)
-    elif return_lse or return_mask:
-        mask = _full_mask(q, k, config, causal)
-        if return_lse:
-            out, lse = sparse_attention(q, k, v, mask, scale=scale, causal=causal, return_lse=True)
-            note_dense(choice.reason, q, k)
-        else:
-            out, lse = run_dense(q, k, v, scale, causal, choice.reason), None
+        windowed = scores.windowed(k.shape[2])
+        bands = None if windowed else selection.bands_of(q, config)
+        out, lse, mask = run_sparse(
+            q, k, v, bands, config, scale, causal, choice.reason, scores=scores
+        )
+    elif return_lse or choice.kernel != "sdpa":
+        mask = _full_mask(q, k, config, causal, window_left)
+        out, lse = attend(q, k, v, mask, scale, scores)
+        note_dense(choice.reason, q, k)
     else:
-        return run_dense(q, k, v, scale, causal, choice.reason)
+        out = run_dense(q, k, v, scale, causal, choice.reason)
+        if return_mask:
+            mask = _full_mask(q, k, config, causal)
     extras = ([lse] if return_lse else []) + ([mask] if return_mask else [])
     return (out, *extras) if extras else out
 
@@ -154,7 +229,7 @@ def select_blocks(
     """
     config = config or PrismConfig()
     _ops.load()
-    return _estimate(q, k, _bands(q, config), config, scale, causal)
+    return selection.estimate(q, k, selection.bands_of(q, config), config, scale, causal)
 
 
 def sparse_attention(
@@ -225,38 +300,43 @@ def run_sparse(
     causal: bool,
     reason: str,
     layer_idx: int | None = None,
-    sinks: torch.Tensor | None = None,
+    scores: Scores = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
-    """Block-sparse attention, recorded: (out, lse, mask). bands is None for the grid estimator."""
+    """Block-sparse attention, recorded: (out, lse, mask).
+
+    bands is None for the grid estimator and for a window that hides keys, which keeps its blocks.
+    """
     _ops.load()
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
     settings = settings_of_heads(q.shape[1], bands, config)
+
+    def select() -> BlockMask:
+        if scores.windowed(k_len):
+            return _full_mask(q, k, config, causal, scores.window_left)
+        return selection.estimate(q, k, bands, config, scale, causal)
+
     if recorder is not None and recorder.times:
         if bands is None:
-            mask, times["select"] = timed(
-                lambda: _estimate(q, k, bands, config, scale, causal), q.device
-            )
+            mask, times["select"] = timed(select, q.device)
         else:
-            means, times["pool"] = timed(lambda: _pool(q, k, config), q.device)
+            means, times["pool"] = timed(lambda: selection.pool(q, k, config), q.device)
             mask, times["select"] = timed(
-                lambda: select_from_means(*means, q_len, k_len, bands, config, causal), q.device
+                lambda: selection.select_from_means(*means, q_len, k_len, bands, config, causal),
+                q.device,
             )
-        (out, lse), times["attend"] = timed(
-            lambda: sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True),
-            q.device,
-        )
-    elif bands is None or sinks is not None or len(settings) > 1:
-        mask = _estimate(q, k, bands, config, scale, causal)
-        out, lse = sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True)
+        (out, lse), times["attend"] = timed(lambda: attend(q, k, v, mask, scale, scores), q.device)
+    elif bands is None or not scores.plain() or len(settings) > 1:
+        mask = select()
+        out, lse = attend(q, k, v, mask, scale, scores)
     else:
         out, lse, bits, counts = _ops.call(
             torch.ops.prism.prefill,
             q,
             k,
             v,
-            *selection_arguments(settings[0], config),
+            *selection.arguments(settings[0], config),
             scale,
             causal,
             *config.block_sizes,
@@ -310,10 +390,50 @@ def note_dense(
         )
 
 
-def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: PrismConfig) -> Dispatch:
+def choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: PrismConfig,
+    scores: Scores = PLAIN,
+) -> Dispatch:
+    """:func:`dispatch` of these tensors."""
     if v.shape[-1] != q.shape[-1]:
-        return _dense(f"v has head_dim {v.shape[-1]}, q has {q.shape[-1]}")
-    return dispatch(q.shape[2], k.shape[2], q.shape[-1], q.dtype, q.device, config)
+        return Dispatch("dense", "sdpa", f"v has head_dim {v.shape[-1]}, q has {q.shape[-1]}")
+    return dispatch(
+        q.shape[2],
+        k.shape[2],
+        q.shape[-1],
+        q.dtype,
+        q.device,
+        config,
+        sinks=scores.sinks is not None,
+        softcap=scores.softcap,
+        window_left=scores.window_left,
+    )
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    scale: float | None,
+    scores: Scores,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attention` with these scores: (out, lse)."""
+    out, lse = sparse_attention(
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        sinks=scores.sinks,
+        softcap=scores.softcap,
+        window_left=scores.window_left,
+        return_lse=True,
+    )
+    return out, lse
 
 
 def _sdpa(
@@ -353,7 +473,13 @@ def _sdpa(
     )
 
 
-def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bool) -> BlockMask:
+def _full_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PrismConfig,
+    causal: bool,
+    window_left: int | None = None,
+) -> BlockMask:
     q_block_size, k_block_size = config.block_sizes
     return BlockMask.full(
         q.shape[0],
@@ -363,107 +489,9 @@ def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bo
         q_block_size=q_block_size,
         k_block_size=k_block_size,
         causal=causal,
+        window_left=window_left,
         device=q.device,
     )
-
-
-def _bands(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
-    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
-
-
-def _estimate(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    bands: HeadBands | None,
-    config: PrismConfig,
-    scale: float | None,
-    causal: bool,
-) -> BlockMask:
-    """The block mask by bands, or by the grid where there are none."""
-    q_len, k_len = q.shape[2], k.shape[2]
-    sizes = config.block_sizes
-    settings = settings_of_heads(q.shape[1], bands, config)
-    if bands is not None and len(settings) > 1:
-        # The means are the same for every setting.
-        return select_from_means(*_pool(q, k, config), q_len, k_len, bands, config, causal)
-
-    def estimate(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
-        inputs = (take(q, heads), take(k, kv_heads), *selection_arguments(setting, config))
-        if bands is None:
-            return torch.ops.prism.estimate_grid(*inputs, scale, causal, *sizes)
-        return torch.ops.prism.estimate_blocks(*inputs, causal, *sizes)
-
-    bits, counts = each_setting(estimate, settings, q.shape[1], k.shape[1])
-    return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
-
-
-def _pool(
-    q: torch.Tensor, k: torch.Tensor, config: PrismConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    q_block_size, k_block_size = config.block_sizes
-    return (
-        torch.ops.prism.block_pool(q, q_block_size),
-        torch.ops.prism.block_pool(k, k_block_size),
-    )
-
-
-def select_from_means(
-    q_means: torch.Tensor,
-    k_means: torch.Tensor,
-    q_len: int,
-    k_len: int,
-    bands: HeadBands,
-    config: PrismConfig,
-    causal: bool,
-) -> BlockMask:
-    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
-        return torch.ops.prism.select_blocks(
-            take(q_means, heads),
-            take(k_means, kv_heads),
-            q_len,
-            k_len,
-            *selection_arguments(setting, config),
-            causal,
-            *config.block_sizes,
-        )
-
-    settings = settings_of_heads(q_means.shape[1], bands, config)
-    bits, counts = each_setting(select, settings, q_means.shape[1], k_means.shape[1])
-    return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
-
-
-def select_from_cells(
-    q: torch.Tensor,
-    k_cells: torch.Tensor,
-    k_factors: torch.Tensor,
-    k_len: int,
-    config: PrismConfig,
-    scale: float | None,
-) -> BlockMask:
-    """The causal block mask from q and the cells of the first k_len keys."""
-
-    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
-        return torch.ops.prism.select_grid(
-            take(q, heads),
-            take(k_cells, kv_heads),
-            take(k_factors, kv_heads),
-            k_len,
-            *selection_arguments(setting, config),
-            scale,
-            True,
-            *config.block_sizes,
-        )
-
-    settings = settings_of_heads(q.shape[1], None, config)
-    bits, counts = each_setting(select, settings, q.shape[1], k_cells.shape[1])
-    return BlockMask(bits, counts, q.shape[2], k_len, *config.block_sizes, True)
-
-
-def selection_arguments(setting: Setting, config: PrismConfig) -> tuple:
-    """What the ops take of a setting: bands if any, and what to keep of the probabilities."""
-    ranges, top_p = setting
-    bands = () if ranges is None else (list(ranges[0]), list(ranges[1]))
-    return *bands, top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
 
 
 def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:

@@ -14,7 +14,7 @@ Path = Literal["prism", "dense"]
 
 @dataclass
 class CallRecord:
-    """One attention call, or one group of a padded batch's rows within it.
+    """One attention call, or one sequence of a padded or ragged batch within it.
 
     Attributes:
         layer_idx: the layer, or None for a call that did not come from a model.
@@ -24,7 +24,8 @@ class CallRecord:
         density: kept blocks over visible blocks; 1 for dense calls.
         mask: the block mask if masks were asked for and the path is "prism".
         times: seconds per stage ("pool", "select", "attend") if times were asked for; the grid
-            estimator pools within "select", and a dense call has "attend" only.
+            estimator pools within "select", and a dense call has "attend" only. Of a ragged batch
+            the first record has the times of all, pooling within "select".
     """
 
     layer_idx: int | None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from prism_cuda import _ops
+from prism_cuda import _ops, ragged, selection
 from prism_cuda.config import PrismConfig
-from prism_cuda.functional import selection_arguments
-from prism_cuda.per_head import Selection, Setting, each_setting, settings_of_heads, take
+from prism_cuda.functional import Scores
+from prism_cuda.ragged import Sequences
 
 
 def sparse_attention_varlen(
@@ -115,65 +113,59 @@ def prefill_varlen(
     config: PrismConfig | None = None,
     scale: float | None = None,
     causal: bool = True,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    window_left: int | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Estimate the blocks of every sequence of a ragged batch by bands, and attend to those.
 
     The host needs no lengths and nothing here waits for them: a captured CUDA graph follows lengths
-    and pages. So no sequence is sent to dense attention: config.dense_below is not looked at. Every
-    sequence keeps the blocks that it would keep by itself.
+    and pages. Every sequence keeps the blocks that it would keep by itself in
+    :func:`prism_cuda.prefill`; those with fewer than config.dense_below keys, or fewer queries than
+    one block (decode), keep every block, which is decided on the device.
 
     Args:
-        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D a multiple
-            of 8 up to 256.
-        k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table: as for
+        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128. Where
+            the bounds below or a window leave nothing to estimate, a multiple of 8 up to 256.
+        k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, k_scale, v_scale: as for
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
             max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
         config: settings; its estimator must be "bands".
         scale: softmax scale; D ** -0.5 if None.
         causal: row i of a sequence sees keys up to i + (k_len - q_len).
+        sinks, softcap: as for :func:`prism_cuda.prefill`.
+        window_left: a row sees only so many keys before its own position. Where max_seqlen_k lets
+            that hide any key, nothing is estimated for any sequence: every block in the window is
+            kept, and the result is exact.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
         return_mask: also return the kept blocks, bits and counts as
             :func:`sparse_attention_varlen` takes them; 0 past a sequence's end.
 
     Returns:
-        out like q, or (out[, lse][, bits, counts]). A row that sees no key gets out 0 and lse -inf.
-        Rows of q that belong to no sequence are left unwritten.
+        out like q, or (out[, lse][, bits, counts]). A row that sees no key gets out 0, and as lse
+        its sink or -inf. Rows of q that belong to no sequence are left unwritten.
 
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
-        ValueError: if the config's estimator is not "bands", or its settings of heads do not fit
-            their number.
+        ValueError: if the config's estimator is not "bands", or if its top_p or dense_heads do not
+            fit q's heads.
     """
     config = config or PrismConfig()
     if config.estimator != "bands":
         raise ValueError(
             f"prefill_varlen: config.estimator is {config.estimator!r}; expected 'bands'"
         )
-    _ops.load()
-    where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
-    q_heads, kv_heads = q.shape[-2], k.shape[-2]
-
-    def estimate(heads: Sequence[int], kv: Sequence[int], setting: Setting) -> Selection:
-        rules = (*selection_arguments(setting, config), causal, *config.block_sizes)
-        if len(heads) == q_heads:
-            return torch.ops.prism.estimate_blocks_varlen(q, k, *where, *rules)
-        # From the first to the last key head: gathering those in question would copy all pages.
-        first, end = kv[0], kv[-1] + 1
-        group = q_heads // kv_heads
-        bits, counts = torch.ops.prism.estimate_blocks_varlen(
-            q[:, first * group : end * group], k[..., first:end, :], *where, *rules
-        )
-        wanted = [head - first * group for head in heads]
-        return take(bits, wanted), take(counts, wanted)
-
-    settings = settings_of_heads(q_heads, config.resolve_bands(q.shape[-1]), config)
-    bits, counts = each_setting(estimate, settings, q_heads, kv_heads)
-    out, lse = torch.ops.prism.sparse_attention_varlen(
-        q, k, v, bits, counts, *where, scale, causal, *config.block_sizes
+    where = Sequences(
+        cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k
+    )
+    scores = Scores(sinks, softcap, window_left)
+    bands = selection.bands_of(q, config) if ragged.selects(where, config, scores) else None
+    out, lse, bits, counts = ragged.run(
+        q, k, v, where, bands, config, scale, causal, scores, exact_mask=return_mask
     )
     extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])
     return (out, *extras) if extras else out

@@ -119,3 +119,26 @@ def test_from_dense_validation():
         BlockMask.from_dense(torch.zeros(1, 2, 4, 4), 512, 512)
     with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\)"):
         BlockMask.from_dense(torch.zeros(1, 2, 4, 4, dtype=torch.bool), 512, 513)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window_left", [0, 5, 64, 200])
+@pytest.mark.parametrize("lengths", [(1, 1), (200, 200), (130, 500), (5, 0), (128, 4099)])
+@pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 64)])
+def test_a_window_keeps_the_blocks_that_a_row_sees(blocks, lengths, window_left, causal):
+    sizes = dict(zip(("q_block_size", "k_block_size"), blocks, strict=True))
+    mask = BlockMask.full(2, 3, *lengths, **sizes, causal=causal, window_left=window_left)
+    q_len, k_len = lengths
+    position = torch.arange(q_len)[:, None] + k_len - q_len
+    key = torch.arange(k_len)
+    seen = key >= position - window_left
+    if causal:
+        seen &= key <= position
+    rows = (
+        [torch.stack([x.any() for x in part.split(blocks[1], 1)]) for part in seen.split(blocks[0])]
+        if k_len
+        else []
+    )
+    expected = torch.stack(rows) if rows else torch.zeros(mask.q_blocks, 0, dtype=torch.bool)
+    assert torch.equal(mask.to_dense(), expected.expand(2, 3, -1, -1))
+    assert torch.equal(mask.counts, mask.to_dense().sum(-1, dtype=torch.int32))

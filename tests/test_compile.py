@@ -82,10 +82,10 @@ from helpers.models import MODELS  # noqa: E402
 class Logits(torch.nn.Module):
     """A model as a program from tokens to logits."""
 
-    def __init__(self, settings: str = "one_top_p") -> None:
+    def __init__(self, name: str, settings: str = "one_top_p") -> None:
         super().__init__()
         prism_cuda.register(SETTINGS[settings], "prism-compiled")
-        self.model = MODELS["qwen3"].build()
+        self.model = MODELS[name].build()
         self.model.set_attn_implementation("prism-compiled")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -94,36 +94,48 @@ class Logits(torch.nn.Module):
         return self.model(input_ids=ids, cache=cache).logits
 
 
+every_model = pytest.mark.parametrize(
+    ("name", "ops"),
+    [
+        ("qwen3", {"prism.prefill"}),
+        ("qwen3-window-per-layer", {"prism.prefill", "prism.sparse_attention"}),
+        ("gemma2", {"prism.estimate_blocks", "prism.sparse_attention"}),
+    ],
+)
+
+
 def prompt(length: int) -> torch.Tensor:
     return torch.randint(3, 90, (1, length))
 
 
+@every_model
 @torch.no_grad()
-def test_a_whole_model_compiles_once_for_all_lengths() -> None:
+def test_a_whole_model_compiles_once_for_all_lengths(name: str, ops: set[str]) -> None:
     torch._dynamo.reset()
-    model = Logits()
+    model = Logits(name)
     backend = EagerAndRecordGraphs()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
     for length in SPARSE_LENGTHS:
         ids = prompt(length)
         torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-4)
     assert len(backend.graphs) == 1
-    assert called(backend.graphs[0]) == {"prism.prefill"}
+    assert called(backend.graphs[0]) == ops
 
 
 @torch.no_grad()
 def test_a_whole_model_compiles_with_bands_per_head() -> None:
     torch._dynamo.reset()
-    model = Logits("bands_per_head")
+    model = Logits("qwen3", "bands_per_head")
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     ids = prompt(333)
     torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-4)
 
 
+@every_model
 @torch.no_grad()
-def test_an_exported_model_equals_eager_at_another_length() -> None:
-    model = Logits()
+def test_an_exported_model_equals_eager_at_another_length(name: str, ops: set[str]) -> None:
+    model = Logits(name)
     program = torch.export.export(model, (prompt(200),), dynamic_shapes=[{1: ANY_LENGTH}])
     ids = prompt(333)
     torch.testing.assert_close(program.module()(ids), model(ids), atol=1e-5, rtol=1e-4)
-    assert called(program.graph_module) == {"prism.prefill"}
+    assert called(program.graph_module) == ops

@@ -38,11 +38,11 @@ def alone(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     ]
 
 
-def batched(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+def batched(model: Any, prompts: list[list[int]], **changes: Any) -> list[list[int]]:
     outputs = model.generate_batch(
         prompts,
         generation_config=GREEDY,
-        continuous_batching_config=ContinuousBatchingConfig(**BATCHING),
+        continuous_batching_config=ContinuousBatchingConfig(**BATCHING | changes),
         warmup=False,
     )
     assert all(output.error is None for output in outputs.values())
@@ -51,7 +51,7 @@ def batched(model: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("name", "sparse_layers"),
-    [("llama", {0, 1}), ("gpt-oss", {1}), ("mistral-window", set()), ("gemma2", set())],
+    [("llama", {0, 1}), ("gpt-oss", {0, 1}), ("mistral-window", {0, 1}), ("gemma2", {0, 1})],
 )
 def test_equals_generate_on_every_prompt(name: str, sparse_layers: set[int]) -> None:
     model = MODELS[name].build()
@@ -89,28 +89,15 @@ def test_an_unregistered_name_is_refused() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_the_gpu() -> None:
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_on_the_gpu(graph: bool) -> None:
     prism_cuda.register(PrismConfig(top_p=1.0, dense_below=0))
     model = MODELS["llama"].build().to("cuda", torch.bfloat16)
     prompts = [torch.randint(3, 90, (length,)).tolist() for length in LENGTHS]
     prism_cuda.use_continuous_batching(model)
-    with prism_cuda.record() as recording:
-        tokens = batched(model, prompts)
+    tokens = batched(model, prompts, use_cuda_graph=graph)
     assert [len(row) for row in tokens] == [NEW_TOKENS] * len(LENGTHS)
-    assert any(call.path == "prism" for call in recording.calls)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_graph_is_refused() -> None:
-    layer = MODELS["llama"].build().model.layers[0].self_attn
-    attention = transformers.AttentionInterface()["prism-flash"]
-    q = torch.zeros(1, 4, 200, 64, device="cuda", dtype=torch.bfloat16)
-    k = torch.zeros(1, 2, 200, 64, device="cuda", dtype=torch.bfloat16)
-    lengths = torch.tensor([0, 120, 200], device="cuda", dtype=torch.int32)
-    torch.cuda.synchronize()
-    with (
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-        pytest.raises(NotImplementedError, match="use_cuda_graph=False"),
-    ):
-        attention(layer, q, k, k, None, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+    if not graph:  # a recording reads the device
+        with prism_cuda.record() as recording:
+            assert batched(model, prompts) == tokens
+        assert any(call.path == "prism" for call in recording.calls)

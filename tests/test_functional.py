@@ -355,3 +355,86 @@ def test_compiles_without_graph_breaks(estimator, top_p):
         backend="aot_eager",
     )
     assert torch.equal(compiled(q, k, v), prism_cuda.prefill(q, k, v, config=config))
+
+
+SINKS = torch.tensor([0.5, -1.0, 4.0, 2.0])
+SCORES = {
+    "sinks": {"sinks": SINKS},
+    "softcap": {"softcap": 1.5},
+    "window": {"window_left": 70},
+    "narrow_window": {"window_left": 0},
+    "all": {"sinks": SINKS, "softcap": 1.5, "window_left": 70},
+}
+
+
+def dense_scores(q, k, v, scale, causal, sinks=None, softcap=None, window_left=None):
+    """Float64 attention with sinks, a cap and a window: (out, lse)."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    k, v = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    position = torch.arange(q_len)[:, None] + k_len - q_len
+    key = torch.arange(k_len)
+    if causal:
+        scores = scores.masked_fill(key > position, -torch.inf)
+    if window_left is not None:
+        scores = scores.masked_fill(key < position - window_left, -torch.inf)
+    lse = scores.logsumexp(-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
+    return (scores - lse[..., None]).exp().nan_to_num() @ v, lse
+
+
+@pytest.mark.parametrize("config", [EXACT, DENSE, GRID], ids=["prism", "dense", "grid"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_of_every_path(name, causal, config):
+    if config is GRID:
+        config = dataclasses.replace(config, top_p=1.0)
+    tensors = qkv(130, 300)
+    options = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
+    expected, expected_lse = dense_scores(*tensors, 0.3, causal, **SCORES[name])
+    out = prism_cuda.prefill(*tensors, **options)
+    with_lse, lse, mask = prism_cuda.prefill(*tensors, **options, return_lse=True, return_mask=True)
+    with prism_cuda.record(times=True) as recording:
+        timed = prism_cuda.prefill(*tensors, **options)
+    for got in (out, with_lse, timed):
+        close(got, expected)
+    close(lse, expected_lse)
+    windowed = "window_left" in SCORES[name]
+    assert (mask.density() < 1) == windowed
+    path = "dense" if config is DENSE else "prism"
+    assert [call.path for call in recording.calls] == [path]
+    if windowed and path == "prism":
+        assert recording.calls[0].reason == "sliding window: every block in it"
+
+
+def test_a_softcap_leaves_out_what_selection_leaves_out():
+    q, k, v = structured_qkv(4)
+    capped, mask = prism_cuda.prefill(q, k, v, config=SPARSE, softcap=1.5, return_mask=True)
+    _, plain = prism_cuda.prefill(q, k, v, config=SPARSE, return_mask=True)
+    assert mask.density() < 1 and torch.equal(mask.bits, plain.bits)
+    assert torch.equal(capped, prism_cuda.sparse_attention(q, k, v, mask, softcap=1.5))
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 256])
+def test_windows_of_other_head_sizes(head_dim):
+    tensors = qkv(130, 300, head_dim)
+    expected, _ = dense_scores(*tensors, head_dim**-0.5, True, window_left=40)
+    close(prism_cuda.prefill(*tensors, config=SPARSE, window_left=40), expected)
+
+
+def test_dispatch_of_windows_and_caps():
+    def choose(q_len, k_len, head_dim, **options):
+        return prism_cuda.dispatch(q_len, k_len, head_dim, torch.float32, "cpu", SPARSE, **options)
+
+    window = prism_cuda.functional.WINDOW_REASON
+    assert choose(300, 300, 96, window_left=100).reason == window
+    assert choose(300, 300, 64, window_left=299).reason == "block-sparse"  # hides nothing
+    assert choose(300, 300, 264, softcap=2.0).path == "dense"
+    # Torch's attention knows neither caps nor sinks.
+    assert choose(300, 300, 264).kernel == "sdpa"
+    for options in ({"softcap": 2.0}, {"sinks": True}, {"window_left": 5}):
+        assert choose(1, 300, 64, **options).kernel == "cpu"
+    assert "multiple of 8" in choose(300, 300, 36, window_left=5).reason

@@ -85,8 +85,8 @@ def test_all_blocks_equal_eager(name):
     expected = logits(model, "eager", ids)
     with prism_cuda.record() as recording:
         close(logits(model, "prism", ids), expected)
-    windowed = name == "mistral-window"
-    assert [call.path for call in recording.calls] == ["dense" if windowed else "prism"] * 2
+    reason = "sliding window: every block in it" if name == "mistral-window" else "block-sparse"
+    assert [(call.path, call.reason) for call in recording.calls] == [("prism", reason)] * 2
     assert [call.layer_idx for call in recording.calls] == [0, 1]
 
 
@@ -229,8 +229,12 @@ def test_packed_sequences_run_dense_behind_a_mask():
     assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
 
-def test_packed_sequences_with_lengths_are_sparse_each_on_its_own():
-    model = build()
+@pytest.mark.parametrize(
+    "longest", [{}, {"max_length_q": 300, "max_length_k": 310}], ids=["read", "passed_on"]
+)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_packed_sequences_with_lengths_are_sparse_each_on_its_own(name, longest):
+    model = build(MODELS[name][0], **MODELS[name][1])
     parts = [tokens(1, length) for length in (120, 1, 300, 80)]
     alone = [logits(model, "prism-sparse", part) for part in parts]
     lengths = torch.tensor([0, 120, 121, 121, 421, 501], dtype=torch.int32)  # one is empty
@@ -244,11 +248,32 @@ def test_packed_sequences_with_lengths_are_sparse_each_on_its_own():
             past_key_values=transformers.DynamicCache(config=model.config),
             cu_seq_lens_q=lengths,
             cu_seq_lens_k=lengths,
+            **longest,
         )
     for got, want in zip(packed.split((120, 1, 300, 80), 1), alone, strict=True):
         close(got, want)
     paths = [call.path for call in recording.calls[:4]]
     assert paths == ["prism", "dense", "prism", "prism"]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+def test_short_packed_sequences_do_not_see_each_other(name):
+    model = build(MODELS[name][0], **MODELS[name][1])
+    parts = [tokens(1, length) for length in (120, 180)]
+    alone = [logits(model, "eager", part) for part in parts]
+    lengths = torch.tensor([0, 120, 300], dtype=torch.int32)
+    packed = logits(
+        model,
+        "prism-default",
+        torch.cat(parts, 1),
+        position_ids=torch.cat([torch.arange(part.shape[1]) for part in parts])[None],
+        past_key_values=transformers.DynamicCache(config=model.config),
+        cu_seq_lens_q=lengths,
+        cu_seq_lens_k=lengths,
+        max_length_q=180,
+        max_length_k=180,
+    )
+    close(packed, torch.cat(alone, 1))
 
 
 @pytest.mark.parametrize(

@@ -80,41 +80,6 @@ def test_varlen_wrapper_passes_everything_on() -> None:
     assert torch.equal(lse, want_lse[0])
 
 
-def test_prefill_of_a_ragged_batch_is_that_of_its_sequences() -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(330, 4, 64), torch.randn(900, 2, 64), torch.randn(900, 2, 64)
-    q_ends, k_ends = (0, 200, 330), (0, 230, 900)
-    config = prism_cuda.PrismConfig(block_size=64, top_p=0.7, keep_above=0.3, dense_below=0)
-    out, lse, bits, counts = prism_cuda.prefill_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q=torch.tensor(q_ends, dtype=torch.int32),
-        cu_seqlens_k=torch.tensor(k_ends, dtype=torch.int32),
-        max_seqlen_q=200,
-        max_seqlen_k=670,
-        config=config,
-        scale=0.3,
-        return_lse=True,
-        return_mask=True,
-    )
-    for b in range(2):
-        rows, keys = slice(*q_ends[b : b + 2]), slice(*k_ends[b : b + 2])
-        want, want_lse, mask = prism_cuda.prefill(
-            *(x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])),
-            config=config,
-            scale=0.3,
-            return_lse=True,
-            return_mask=True,
-        )
-        blocks, words = mask.bits.shape[2:]
-        assert mask.counts.sum() < mask.counts.new_tensor(4 * blocks * 11)  # sparse
-        assert torch.equal(bits[b, :, :blocks, :words], mask.bits[0])
-        assert torch.equal(counts[b, :, :blocks], mask.counts[0])
-        assert torch.equal(out[rows], want[0].transpose(0, 1))
-        assert torch.equal(lse[:, rows], want_lse[0])
-
-
 ON_CUDA = pytest.param(
     "cuda",
     marks=[
@@ -140,7 +105,7 @@ def test_settings_per_head_are_those_of_each_head_alone(
     where = {name: x for name, x in case.tensors.items() if name != "sinks"}
 
     def run(**settings: Any) -> tuple[torch.Tensor, ...]:
-        config = prism_cuda.PrismConfig(**settings)
+        config = prism_cuda.PrismConfig(dense_below=0, **settings)
         return prism_cuda.prefill_varlen(
             case.q, case.k, case.v, **where, config=config, return_lse=True, return_mask=True
         )  # type: ignore[return-value]
@@ -154,19 +119,3 @@ def test_settings_per_head_are_those_of_each_head_alone(
         assert torch.equal(lse[head], alone[1][head])
     with pytest.raises(ValueError, match=f"bands has 3 entries; expected one .* or {q_heads}, one"):
         run(bands=bands[:3])
-
-
-def test_prefill_of_a_ragged_batch_estimates_by_bands_only() -> None:
-    x = torch.zeros(3, 2, 64)
-    ends = torch.tensor([0, 3], dtype=torch.int32)
-    with pytest.raises(ValueError, match="prefill_varlen: config.estimator is 'grid'"):
-        prism_cuda.prefill_varlen(
-            x,
-            x,
-            x,
-            cu_seqlens_q=ends,
-            cu_seqlens_k=ends,
-            max_seqlen_q=3,
-            max_seqlen_k=3,
-            config=prism_cuda.PrismConfig(estimator="grid"),
-        )

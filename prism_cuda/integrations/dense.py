@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from prism_cuda import functional
 from prism_cuda.config import PrismConfig
+from prism_cuda.functional import Scores
 from prism_cuda.integrations.masks import token_mask
 
 # Scores that eager attention holds in memory at once, over batch, heads, queries and keys.
@@ -41,19 +43,24 @@ class LayerCall:
     softcap: float | None
     sinks: torch.Tensor | None
 
-    def why_dense(self, k_len: int, mask: torch.Tensor | None) -> str | None:
+    def why_dense(self, mask: torch.Tensor | None) -> str | None:
         """Why the kernels cannot serve a call of supported size and dtype, or None if they can."""
         if mask is not None:
             return "a token-level mask"
         if not self.causal:
             return "a non-causal layer"
-        if self.windowed(k_len):
-            return f"a sliding window of {self.window} over {k_len} keys"
-        if self.softcap is not None:
-            return "logit soft-capping"
         if self.dropout > 0:
             return "dropout"
         return "dense_layers" if self.dense else None
+
+    def scores(self) -> Scores:
+        """Sinks, soft-capping and window, the sinks as the model has them."""
+        return Scores(self.sinks, self.softcap, None if self.window is None else self.window - 1)
+
+    def kernel_scores(self) -> Scores:
+        """The same as the ops take them."""
+        sinks = None if self.sinks is None else self.sinks.float().contiguous()
+        return dataclasses.replace(self.scores(), sinks=sinks)
 
     def windowed(self, k_len: int) -> bool:
         """Whether the window hides any of the keys."""

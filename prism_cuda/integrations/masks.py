@@ -1,10 +1,12 @@
 """The attention mask of a transformers forward pass, in the form that Prism layers take.
 
-One of three things reaches the layers:
+One of four things reaches the layers:
 
 * ``None``: causal, no padding, queries at the end of the keys.
 * bool (B, n): the same with padding; True marks real tokens, which are contiguous in every row.
   Keys from n on do not exist yet (the unwritten tail of a static cache).
+* bool (B, w, n): the same under a sliding window of w keys, expanded over w without memory; n is 0
+  where there is no padding. Not every model tells its layers of the window.
 * bool (B, 1, q, kv): anything else, for dense attention.
 """
 
@@ -60,17 +62,21 @@ def prism_mask(
         )
 
     # A window that no key has left yet is plain causal; any other change forbids the skip.
-    window_open = local_size is not None and local_size >= kv_length and allow_is_causal_skip
-    if mask_function is not causal_mask_function and not window_open:
+    window = local_size if allow_is_causal_skip else None
+    window_open = window is not None and window >= kv_length
+    sliding = window is not None and _is_sliding_window(kwargs.get("config"), window)
+    if mask_function is not causal_mask_function and not (window_open or sliding):
         if _could_be_sparse(prism_config, q_length, kv_length):
             warn_once(
-                "prism: attention other than plain causal (sliding window, packed sequences, "
+                "prism: attention other than causal (packed sequences without lengths, chunked, "
                 "bidirectional or custom masks) runs dense, with a (q, kv) mask in memory."
             )
         return token_mask()
+    hiding = window if mask_function is not causal_mask_function and not window_open else None
     growing = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if attention_mask is None and growing:
-        return None
+    # A step of decode shares one mask among its layers.
+    if attention_mask is None and growing and not (hiding is not None and q_length == 1):
+        return _without_padding(batch_size, hiding, kwargs.get("device"))
     if not _could_be_sparse(prism_config, q_length, kv_length):
         return token_mask()
 
@@ -86,9 +92,28 @@ def prism_mask(
         warn_once("prism: an attention_mask with holes runs dense.")
         return token_mask()
     if written == kv_length and all(span == (0, written) for span in spans):
-        return None
+        return _without_padding(batch_size, hiding, padding.device)
+    if hiding is not None:
+        padding = padding[:, None, :].expand(-1, hiding, -1)
     setattr(padding, _SPANS, spans)
     return padding
+
+
+def mask_window(mask: torch.Tensor) -> int:
+    """Keys that a query sees, its own included, under a (B, w, n) mask."""
+    return mask.shape[1]
+
+
+def _without_padding(batch: int, window: int | None, device: Any) -> torch.Tensor | None:
+    if window is None:
+        return None
+    return torch.empty(batch, window, 0, dtype=torch.bool, device=device)
+
+
+def _is_sliding_window(config: Any, local_size: int) -> bool:
+    """Whether ``local_size`` is a window's, and not the chunk size of chunked attention."""
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    return not chunked and getattr(config, "sliding_window", None) == local_size
 
 
 def token_mask(
@@ -117,7 +142,7 @@ def token_mask(
 
 
 def row_spans(padding: torch.Tensor) -> list[Span]:
-    """(first, end) of the real tokens of every row of a bool (B, n) mask.
+    """(first, end) of the real tokens of every row of a bool (B, n) or (B, window, n) mask.
 
     Reads the device only if :func:`prism_mask` did not make this very tensor.
 
@@ -126,7 +151,7 @@ def row_spans(padding: torch.Tensor) -> list[Span]:
     """
     spans = getattr(padding, _SPANS, None)
     if spans is None:
-        spans = _contiguous_spans(padding)
+        spans = _contiguous_spans(padding if padding.dim() == 2 else padding[:, 0])
         if spans is None:
             raise ValueError("prism: attention_mask has holes; its rows must be contiguous")
         setattr(padding, _SPANS, spans)

@@ -8,22 +8,19 @@ dense; what neither path gets right raises.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prism_cuda import functional
-from prism_cuda.bands import Bands
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import dense
 from prism_cuda.integrations.dense import LayerCall
-from prism_cuda.integrations.masks import prism_mask, row_spans
-from prism_cuda.integrations.rope import layer_ranges
+from prism_cuda.integrations.masks import mask_window, prism_mask, row_spans
+from prism_cuda.integrations.packed import Attend, attend_packed
+from prism_cuda.integrations.rope import bands_of_layer
 from prism_cuda.integrations.warnings import warn_once
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def register(config: PrismConfig, name: str) -> None:
@@ -86,7 +83,9 @@ class PrismAttention:
             softcap: logits are softcap * tanh(logits / softcap).
             s_aux: (Hq,) attention sinks, logits that take part in the softmax and have no value.
             cu_seq_lens_q, cu_seq_lens_k: int (sequences + 1,), where packed sequences begin and
-                end in a batch of 1. Read by the host.
+                end in a batch of 1.
+            max_length_q, max_length_k: at least the longest sequence's queries and keys. Without
+                them the host reads the lengths in every layer.
 
         Returns:
             out (B, q, Hq, D), and None for the weights.
@@ -98,6 +97,10 @@ class PrismAttention:
         if kwargs.get("output_attentions"):
             warn_once("prism: attention weights are never computed; none are returned.")
         layer_idx = getattr(module, "layer_idx", None)
+        if attention_mask is not None and attention_mask.dim() == 3:
+            sliding_window = mask_window(attention_mask)
+            if attention_mask.shape[2] == 0:  # no padding
+                attention_mask = None
         call = LayerCall(
             module,
             layer_idx,
@@ -114,10 +117,11 @@ class PrismAttention:
         q_ends = kwargs.get("cu_seq_lens_q")
         if attention_mask is None and q_ends is not None:
             k_ends = kwargs.get("cu_seq_lens_k")
-            out = _attend_packed(attend, query, key, value, q_ends, k_ends)
+            longest = (kwargs.get("max_length_q"), kwargs.get("max_length_k"))
+            out = attend_packed(call, query, key, value, q_ends, k_ends, *longest, attend)
         elif attention_mask is None:
             out = attend(query, key, value)
-        elif attention_mask.dim() == 2 and call.causal:
+        elif attention_mask.dim() == 3 or (attention_mask.dim() == 2 and call.causal):
             out = _attend_padded(attend, query, key, value, attention_mask)
         elif attention_mask.dim() == 2:
             out = attend(query, key, value, attention_mask[:, None, None, :])
@@ -134,19 +138,15 @@ class PrismAttention:
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one sequence per row, sparse if it can be: (B, Hq, q, D)."""
-        choice = functional.choose(query, key, value, call.config)
-        if choice.path == "prism":
-            obstacle = call.why_dense(key.shape[2], mask)
-            if obstacle is not None:
-                choice = functional.Dispatch("dense", "sdpa", obstacle)
-        if choice.path == "dense":
-            _warn_of_dense(call, query, key, mask, choice.reason)
-            return dense.attend(call, query, key, value, mask, choice.reason)
+        scores = call.scores()
+        choice = functional.choose(query, key, value, call.config, scores)
+        reason = call.why_dense(mask) if choice.path == "prism" else choice.reason
+        if reason is not None:
+            _warn_of_dense(call, query, key, mask, reason)
+            return dense.attend(call, query, key, value, mask, reason)
         bands = None
-        if call.config.estimator == "bands":
-            ranges = layer_ranges(call.module, query.shape[-1], call.config)
-            of_heads = tuple(Bands(*of_head) for of_head in ranges)
-            bands = of_heads if call.config.bands_per_head() else of_heads[0]
+        if call.config.estimator == "bands" and not scores.windowed(key.shape[2]):
+            bands = bands_of_layer(call.module, query.shape[-1], call.config)
         out, _, _ = functional.run_sparse(
             query,
             key,
@@ -157,7 +157,7 @@ class PrismAttention:
             True,
             choice.reason,
             call.layer_idx,
-            None if call.sinks is None else call.sinks.float().contiguous(),
+            call.kernel_scores(),
         )
         return out
 
@@ -184,8 +184,12 @@ def _attend_padded(
     value: torch.Tensor,
     padding: torch.Tensor,
 ) -> torch.Tensor:
-    """Attend row by row to the real tokens only; padding queries get 0."""
-    written = padding.shape[1]
+    """Attend row by row to the real tokens only; padding queries get 0.
+
+    Args:
+        padding: bool (B, n) or, under a window, (B, window, n), see masks.py.
+    """
+    written = padding.shape[-1]
     if written > key.shape[2]:
         raise ValueError(
             f"prism: attention_mask covers {written} keys; expected at most {key.shape[2]}"
@@ -203,47 +207,6 @@ def _attend_padded(
             out[rows, :, queries] = attend(
                 query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
             )
-    return out
-
-
-def _attend_packed(
-    attend: Attend,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    q_ends: torch.Tensor,
-    k_ends: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attend sequence by sequence; queries past the last sequence get 0.
-
-    Args:
-        q_ends, k_ends: int (sequences + 1,), where the sequences end, after a leading 0.
-    """
-    if query.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise NotImplementedError(
-            "prism: the lengths of packed sequences are read by the host, which a CUDA graph "
-            "cannot do; pass ContinuousBatchingConfig(use_cuda_graph=False)"
-        )
-    if query.shape[0] != 1:
-        raise ValueError(f"prism: cu_seq_lens_q with a batch of {query.shape[0]}; expected 1")
-    q_bounds = q_ends.tolist()
-    k_bounds = q_bounds if k_ends is None or k_ends is q_ends else k_ends.tolist()
-    if len(k_bounds) != len(q_bounds):
-        raise ValueError(
-            f"prism: cu_seq_lens_k has {len(k_bounds)} entries; expected {len(q_bounds)}, as many "
-            "as cu_seq_lens_q"
-        )
-    if q_bounds[-1] > query.shape[2] or k_bounds[-1] > key.shape[2]:
-        raise ValueError(
-            f"prism: cu_seq_lens_q ends at {q_bounds[-1]} and cu_seq_lens_k at {k_bounds[-1]}; "
-            f"expected at most {query.shape[2]} and {key.shape[2]}, the tokens there are"
-        )
-    out = query.new_zeros((*query.shape[:3], value.shape[-1]))
-    for i in range(len(q_bounds) - 1):
-        queries = slice(q_bounds[i], q_bounds[i + 1])
-        keys = slice(k_bounds[i], k_bounds[i + 1])
-        if queries.start < queries.stop:
-            out[:, :, queries] = attend(query[:, :, queries], key[:, :, keys], value[:, :, keys])
     return out
 
 

@@ -51,7 +51,8 @@ TINY_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size
 MROPE = {"rope_theta": 1e6, "rope_type": "default", "mrope_section": [8, 12, 12]}
 
 PRISM = "block-sparse"
-WINDOW = "token-level mask"
+WINDOW = "sliding window: every block in it"
+SPARSE = (PRISM, WINDOW)  # reasons of the block-sparse path
 ROTATED = Bands((0, 16, 32, 48), (8, 32, 40, 64))
 
 
@@ -98,6 +99,19 @@ MODELS = {
         },
         (PRISM, WINDOW),
     ),
+    # Their layers do not hear of the window: it is in the mask alone.
+    "qwen2-moe-window": Model(
+        "Qwen2MoeConfig",
+        TINY_MOE
+        | {"use_sliding_window": True, "sliding_window": 50, "max_window_layers": 2}
+        | {"shared_expert_intermediate_size": 64},
+        (WINDOW, PRISM),
+    ),
+    "phimoe-window": Model(
+        "PhimoeConfig",
+        {"sliding_window": 50, "num_local_experts": 2, "num_experts_per_tok": 1},
+        (WINDOW, WINDOW),
+    ),
     "phi3-partial": Model(
         "Phi3Config",
         {
@@ -125,7 +139,7 @@ MODELS = {
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        (WINDOW, "soft-capping"),
+        (WINDOW, PRISM),
     ),
     "gemma3": Model(
         "Gemma3TextConfig",

@@ -275,3 +275,19 @@ def test_settings_for_another_number_of_heads_are_refused(device: str) -> None:
     with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
         state(replace(SPARSE, top_p=(0.3, 0.6, 0.6)), device).prefill(*prompt(device))
 
+
+@pytest.mark.parametrize("name", ["sinks", "softcap", "window"])
+def test_scores_are_those_of_prefill(device: str, name: str) -> None:
+    options = {
+        "sinks": {"sinks": torch.tensor([0.5, -1.0, 4.0, 2.0], device=device)},
+        "softcap": {"softcap": 2.0},
+        "window": {"window_left": 100},
+    }[name]
+    growing = state(EXACT, device)
+    for q, k, v in chunks(prompt(device), CUTS["short_ones"]):
+        out, mask = growing.prefill(q, k, v, **options, return_mask=True)  # type: ignore[arg-type]
+        want = prism_cuda.prefill(q, k, v, config=EXACT, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(out, want)
+        assert growing.length == k.shape[2]
+        if mask is not None and name == "window":
+            assert mask.density() < 1 or k.shape[2] <= 101

@@ -1,0 +1,117 @@
+"""Which blocks a call keeps: estimation from q and k, for every setting among the heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prism_cuda.block_mask import BlockMask
+from prism_cuda.config import PrismConfig
+from prism_cuda.per_head import (
+    HeadBands,
+    Selection,
+    Setting,
+    each_setting,
+    settings_of_heads,
+    take,
+)
+
+
+def bands_of(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
+    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
+
+
+def estimate(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    bands: HeadBands | None,
+    config: PrismConfig,
+    scale: float | None,
+    causal: bool,
+) -> BlockMask:
+    """The block mask by bands, or by the grid where there are none."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    sizes = config.block_sizes
+    settings = settings_of_heads(q.shape[1], bands, config)
+    if bands is not None and len(settings) > 1:
+        # The means are the same for every setting.
+        return select_from_means(*pool(q, k, config), q_len, k_len, bands, config, causal)
+
+    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
+        inputs = (take(q, heads), take(k, kv_heads), *arguments(setting, config))
+        if bands is None:
+            return torch.ops.prism.estimate_grid(*inputs, scale, causal, *sizes)
+        return torch.ops.prism.estimate_blocks(*inputs, causal, *sizes)
+
+    bits, counts = each_setting(select, settings, q.shape[1], k.shape[1])
+    return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
+
+
+def pool(
+    q: torch.Tensor, k: torch.Tensor, config: PrismConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q_block_size, k_block_size = config.block_sizes
+    return (
+        torch.ops.prism.block_pool(q, q_block_size),
+        torch.ops.prism.block_pool(k, k_block_size),
+    )
+
+
+def select_from_means(
+    q_means: torch.Tensor,
+    k_means: torch.Tensor,
+    q_len: int,
+    k_len: int,
+    bands: HeadBands,
+    config: PrismConfig,
+    causal: bool,
+) -> BlockMask:
+    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
+        return torch.ops.prism.select_blocks(
+            take(q_means, heads),
+            take(k_means, kv_heads),
+            q_len,
+            k_len,
+            *arguments(setting, config),
+            causal,
+            *config.block_sizes,
+        )
+
+    settings = settings_of_heads(q_means.shape[1], bands, config)
+    bits, counts = each_setting(select, settings, q_means.shape[1], k_means.shape[1])
+    return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
+
+
+def select_from_cells(
+    q: torch.Tensor,
+    k_cells: torch.Tensor,
+    k_factors: torch.Tensor,
+    k_len: int,
+    config: PrismConfig,
+    scale: float | None,
+) -> BlockMask:
+    """The causal block mask from q and the cells of the first k_len keys."""
+
+    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
+        return torch.ops.prism.select_grid(
+            take(q, heads),
+            take(k_cells, kv_heads),
+            take(k_factors, kv_heads),
+            k_len,
+            *arguments(setting, config),
+            scale,
+            True,
+            *config.block_sizes,
+        )
+
+    settings = settings_of_heads(q.shape[1], None, config)
+    bits, counts = each_setting(select, settings, q.shape[1], k_cells.shape[1])
+    return BlockMask(bits, counts, q.shape[2], k_len, *config.block_sizes, True)
+
+
+def arguments(setting: Setting, config: PrismConfig) -> tuple:
+    """What the ops take of a setting: bands if any, and what to keep of the probabilities."""
+    ranges, top_p = setting
+    bands = () if ranges is None else (list(ranges[0]), list(ranges[1]))
+    return *bands, top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)

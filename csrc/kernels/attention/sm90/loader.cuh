@@ -105,19 +105,29 @@ struct Loader {
           own_word ^= 1u << bit;
         }
         const int block = (chunk * 32 + lane) * 32 + bit;
-#pragma unroll(Config::kScoreOptions ? 1 : 2)
-        for (int box = (block + 1) * boxes_per_block() - 1; box >= block * boxes_per_block();
-             --box) {
-          if (boxes_per_block() > 1 && !tile.has_box(box)) {
-            continue;
+        const auto load_box = [&](int box) CUTLASS_LAMBDA_FUNC_INLINE {
+          if (boxes_per_block() > 1 && tile.leaves_out(box)) {
+            return;
           }
           if (kBoxes == 2 && boxes[0] < 0) {
             boxes[0] = box;
-            continue;
+            return;
           }
           boxes[kBoxes - 1] = box;
           load_key_tile(boxes, tile);
           boxes[0] = -1;
+        };
+        const int first_box = block * boxes_per_block();
+        if constexpr (Config::kScoreOptions) {
+#pragma unroll 1
+          for (int box = first_box + boxes_per_block() - 1; box >= first_box; --box) {
+            load_box(box);
+          }
+        } else {
+#pragma unroll
+          for (int i = boxes_per_block() - 1; i >= 0; --i) {
+            load_box(first_box + i);
+          }
         }
       }
     }

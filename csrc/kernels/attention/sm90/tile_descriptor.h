@@ -30,7 +30,8 @@ struct alignas(64) TileDescriptor {
   // The last key that row `row` of the tile may see.
   __device__ int last_key(int row) const { return min(first_position + row, k_len - 1); }
 
-  __device__ bool has_box(int box) const { return box < box_end; }
+  // Whether a box of a block that is kept has no key that some row may see.
+  __device__ bool leaves_out(int box) const { return box >= box_end; }
 
   __device__ int block_end(int boxes_per_block) const {
     return (box_end + boxes_per_block - 1) / boxes_per_block;
@@ -68,7 +69,7 @@ struct WindowTileDescriptor : TileDescriptor {
   int window_trip;        // the first of the key tiles to be masked at the window's start
   uint32_t window_boxes;  // bit i stands for the box `box_begin` + i: kept, and to be masked there
 
-  __device__ bool has_box(int box) const { return box >= box_begin && box < box_end; }
+  __device__ bool leaves_out(int box) const { return box < box_begin || box >= box_end; }
 
   // The first key that row `row` of the tile may see.
   __device__ int first_visible(int row) const { return max(window_first + row, 0); }

@@ -91,6 +91,9 @@ struct Consumer {
     return storage.tile[tile_ring.stage()];
   }
 
+  // Its first key tiles, which have to be masked.
+  __device__ int masked_tiles() const { return tile().template masked_tiles<Config::kBoxes>(); }
+
   __device__ void release_tile() {
     storage.tile_free[tile_ring.stage()].arrive();
     tile_ring.advance();
@@ -227,7 +230,7 @@ struct Consumer {
     warpgroup_fence_operand(rS);
     for (;;) {
       const int trips = tile().trips;
-      const int masked = tile().template masked_tiles<Config::kBoxes>();
+      const int masked = masked_tiles();
       release_keys();
       ++key_tile;
       softmax.reset();
@@ -331,9 +334,7 @@ struct Consumer {
 
       int trip = 1;
       // With options there is no register left to keep `masked` in.
-      for (;
-           trip < (Config::kScoreOptions ? tile().template masked_tiles<Config::kBoxes>() : masked);
-           ++trip) {
+      for (; trip < (Config::kScoreOptions ? masked_tiles() : masked); ++trip) {
         masked_step(trip);
       }
       bool more;

@@ -254,8 +254,8 @@ def sparse_attention(
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
             (attention sinks); lse includes it.
         softcap: scaled scores become softcap * tanh(score / softcap).
-        window_left: a row sees only so many keys before its own position. It and softcap run on the
-            portable kernel, on Hopper too.
+        window_left: a row sees its own position and so many keys before it only. Blocks that no
+            row of a query block sees cost nothing, whatever the mask keeps.
 
     Returns:
         out like q, or (out, lse).

@@ -63,8 +63,8 @@ def sparse_attention_varlen(
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value;
             lse includes it.
         softcap: scaled scores become softcap * tanh(score / softcap).
-        window_left: a row sees only so many keys before its own position. It and softcap run on the
-            portable kernel, on Hopper too.
+        window_left: a row sees its own position and so many keys before it only. Blocks that no
+            row of a query block sees cost nothing, whatever the mask keeps.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
 
     Returns:

@@ -53,7 +53,7 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
   m.def(
       "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
-      "int k_block_size=128, bool softcap=False, bool window=False) -> str");
+      "int k_block_size=128) -> str");
   m.def("build_config() -> str");
 }
 

@@ -83,9 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     int64_t q_block_size, int64_t k_block_size);
 
 // The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
-// `softcap` and `window` say that the call has them.
 std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,
-                             int64_t q_block_size, int64_t k_block_size, bool softcap, bool window);
+                             int64_t q_block_size, int64_t k_block_size);
 
 // JSON: version, git hash, CUDA and CUTLASS versions, compiled architectures.
 std::string build_config();

@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
 }
 
 std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
-                             int64_t k_block_size, bool softcap, bool window) {
+                             int64_t k_block_size) {
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     return "unsupported: dtype must be BFloat16 or Half";
   }
@@ -130,11 +130,9 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
 #else
   const bool has_sm90 = false;
 #endif
-  AttentionTraits traits{static_cast<int>(sm), head_dim, q_block_size,
-                         k_block_size,         has_sm90, /*tma=*/true};
-  traits.softcap = softcap;
-  traits.window = window;
-  return choose_attention_kernel(traits).name;
+  return choose_attention_kernel(
+             {static_cast<int>(sm), head_dim, q_block_size, k_block_size, has_sm90, /*tma=*/true})
+      .name;
 }
 
 }  // namespace prism

@@ -60,12 +60,6 @@ int main() {
     expect(kernel(traits) == "sm90", "a head_dim in between is padded");
   }
   traits = hopper;
-  traits.softcap = true;
-  expect(kernel(traits) == "sm80", "a soft cap falls back");
-  traits = hopper;
-  traits.window = true;
-  expect(kernel(traits) == "sm80", "a window falls back");
-  traits = hopper;
   traits.sm = 75;
   expect(refuses(traits, "capability"), "an old GPU is refused by its capability");
   traits = hopper;

@@ -23,8 +23,6 @@ struct AttentionTraits {
   int64_t k_block_size;
   bool has_sm90;
   bool tma;
-  bool softcap = false;
-  bool window = false;
 };
 
 constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size) {
@@ -77,9 +75,7 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
     return {AttentionKernel::kUnsupported,
             "unsupported: (q_block_size, k_block_size) must be (128, 128), (128, 64) or (64, 64)"};
   }
-  // The Hopper kernel has no registers left for what only few models ask for.
-  const bool plain = !traits.softcap && !traits.window;
-  if (traits.sm == 90 && traits.has_sm90 && traits.tma && plain && traits.q_block_size == 128) {
+  if (traits.sm == 90 && traits.has_sm90 && traits.tma && traits.q_block_size == 128) {
     return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};

@@ -16,6 +16,9 @@ template <typename Element, int kHeadDim>
 cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams& params,
                             cudaStream_t stream) {
   if (kernel == AttentionKernel::kSm90) {
+    if (params.softcap > 0.f || params.window_left >= 0) {
+      return sm90::launch_attention<Element, kHeadDim, 64, true>(params, stream);
+    }
     return params.k_block_size == 64
                ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
                : sm90::launch_attention<Element, kHeadDim, 128>(params, stream);
@@ -56,6 +59,9 @@ void describe_dtype(std::vector<KernelInfo>& kernels) {
     sm90::describe_attention<Element, 128, 128>(kernels);
     sm90::describe_attention<Element, 256, 64>(kernels);
     sm90::describe_attention<Element, 256, 128>(kernels);
+    sm90::describe_attention<Element, 64, 64, true>(kernels);
+    sm90::describe_attention<Element, 128, 64, true>(kernels);
+    sm90::describe_attention<Element, 256, 64, true>(kernels);
   }
 }
 
@@ -82,11 +88,8 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
                    tma_compatible(params.v) &&
                    (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
   const bool has_sm90 = may_use_sm90_kernels();
-  AttentionTraits traits{sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90,
-                         tma};
-  traits.softcap = params.softcap > 0.f;
-  traits.window = params.window_left >= 0;
-  return choose_attention_kernel(traits);
+  return choose_attention_kernel(
+      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90, tma});
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,

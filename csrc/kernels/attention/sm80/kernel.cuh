@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   clear(rO);
   auto rO_rows = make_tensor(rO.data(), as_rows_and_columns(rO.layout()));
   constexpr int kRows = decltype(size<0>(rO_rows))::value;
-  OnlineSoftmax<kRows> softmax(params.scale);
+  OnlineSoftmax<kRows> softmax(softmax_scale(params.scale, params.softcap));
   // Thread's first row within the tile; fragment row r adds 8 (r odd) and 64 (r / 2).
   const int thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const auto row_in_tile = [&](int row) {
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
     if (params.softcap > 0.f) {
-      cap_scores(rS, params.scale, params.softcap);
+      cap_scores(rS, cap_factor(params.scale, params.softcap));
     }
     const int first_key = n * kTileN;
     if (rows.needs_mask(first_key, kTileN) || rows.needs_window(params.window_left, first_key)) {

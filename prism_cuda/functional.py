@@ -86,7 +86,7 @@ def dispatch(
     config = config or PrismConfig()
     device = torch.device(device)
     windowed = Scores(window_left=window_left).windowed(k_len)
-    kernel = attention_kernel(head_dim, dtype, device, config, softcap is not None, windowed)
+    kernel = attention_kernel(head_dim, dtype, device, config)
     reason = why_dense(q_len, k_len, head_dim, config, windowed)
     if reason is None and kernel.startswith("unsupported"):
         reason = kernel
@@ -126,12 +126,7 @@ def is_estimated(head_dim: int, config: PrismConfig) -> bool:
 
 
 def attention_kernel(
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    config: PrismConfig,
-    softcap: bool = False,
-    windowed: bool = False,
+    head_dim: int, dtype: torch.dtype, device: torch.device, config: PrismConfig
 ) -> str:
     """The attention kernel that serves these tensors, "cpu" for the reference; or
     "unsupported: ..."."""
@@ -147,7 +142,7 @@ def attention_kernel(
     _ops.load()
     major, minor = torch.cuda.get_device_capability(device)
     return torch.ops.prism.attention_kernel(
-        10 * major + minor, dtype, head_dim, *config.block_sizes, softcap, windowed
+        10 * major + minor, dtype, head_dim, *config.block_sizes
     )
 
 

@@ -67,10 +67,7 @@ def _why_apart(
         return "dropout"
     if call.config.estimator == "grid" and not call.dense and max_k_len >= call.config.dense_below:
         return "the grid estimates one sequence at a time"
-    kernel = functional.attention_kernel(
-        query.shape[-1], query.dtype, query.device, call.config, call.softcap is not None,
-        call.windowed(max_k_len),
-    )  # fmt: skip
+    kernel = functional.attention_kernel(query.shape[-1], query.dtype, query.device, call.config)
     return kernel if kernel.startswith("unsupported") else None
 
 

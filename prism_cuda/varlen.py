@@ -27,6 +27,8 @@ def sparse_attention_varlen(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of sequences of different lengths, in one launch.
@@ -41,7 +43,7 @@ def sparse_attention_varlen(
             D a multiple of 8 up to 256. Any strides whose last is 1, as for k and v.
         k, v: packed like q, (total_k, Hkv, D) with cu_seqlens_k; or pools of pages,
             (pages, page_size, Hkv, D) with block_table, page_size a power of two up to 256. Hq is a
-            multiple of Hkv.
+            multiple of Hkv. q's dtype, or both float8_e4m3fn; q and out stay as they are.
         bits: int32 (B, Hq, Nq, ceil(Nk / 32)), the kept blocks: key block 32 * w + j is bit j of
             word w. Nq and Nk are the blocks of max_seqlen_q and max_seqlen_k. Blocks are counted
             from the first token of each sequence; those past its end are not looked at.
@@ -63,6 +65,8 @@ def sparse_attention_varlen(
         softcap: scaled scores become softcap * tanh(score / softcap).
         window_left: a row sees only so many keys before its own position. It and softcap run on the
             portable kernel, on Hopper too.
+        k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
+            by, finite and above 0; None: 1. Only for fp8.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
 
     Returns:
@@ -93,6 +97,8 @@ def sparse_attention_varlen(
         sinks,
         softcap,
         window_left,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 
@@ -111,6 +117,8 @@ def prefill_varlen(
     config: PrismConfig | None = None,
     scale: float | None = None,
     causal: bool = True,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -122,7 +130,7 @@ def prefill_varlen(
 
     Args:
         q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128.
-        k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table: as for
+        k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, k_scale, v_scale: as for
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
             max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
@@ -155,11 +163,12 @@ def prefill_varlen(
         raise ValueError("prefill_varlen: config.top_p differs by head; expected one for all heads")
     rules = (top_p, config.keep_sink, config.keep_recent, config.threshold(top_p))
     bits, counts = torch.ops.prism.estimate_blocks_varlen(
-        q, k, *where, high, low, *rules, causal, *config.block_sizes
+        q, k, *where, high, low, *rules, causal, *config.block_sizes, k_scale
     )
     out, lse = torch.ops.prism.sparse_attention_varlen(
-        q, k, v, bits, counts, *where, scale, causal, *config.block_sizes
-    )
+        q, k, v, bits, counts, *where, scale, causal, *config.block_sizes,
+        k_scale=k_scale, v_scale=v_scale,
+    )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])
     return (out, *extras) if extras else out
 

@@ -387,9 +387,7 @@ IN_PAGES = {
     ),
 }
 VARLEN = (
-    MASKED
-    | SEQUENCES
-    | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
+    MASKED | SEQUENCES | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
 )
 ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 

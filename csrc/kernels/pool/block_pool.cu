@@ -14,7 +14,9 @@ namespace {
 constexpr int kThreads = 32 * kEmitWarps;
 
 // CTAs of a multiprocessor. With eight loads a thread in flight, 6 cover its bandwidth.
-constexpr int min_ctas(bool estimate, bool ragged) { return ragged ? 5 : estimate ? 6 : 8; }
+constexpr int min_ctas(Rows rows, bool estimate, bool ragged) {
+  return ragged ? (rows == Rows::kUnaligned ? 4 : 5) : estimate ? 6 : 8;
+}
 
 // The tokens of a head; a CTA takes `chunk` consecutive blocks of them.
 struct PoolShape {
@@ -74,7 +76,7 @@ __device__ PoolSource find_source(const PoolArguments& arguments, const PoolTask
 // kWidth / 8 threads span a row, the others take rows in parallel. Their partial sums meet in
 // shared memory, where the warps finish blocks in turn while the others load the next block.
 template <typename Element, int kWidth, Rows kRows, bool kEstimate, bool kRagged>
-__global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
+__global__ void __launch_bounds__(kThreads, min_ctas(kRows, kEstimate, kRagged))
     block_pool_kernel(const __grid_constant__ PoolArguments arguments) {
   constexpr int kRowThreads = kWidth / kVector;
   constexpr int kRowGroups = kThreads / kRowThreads;

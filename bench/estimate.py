@@ -6,12 +6,12 @@
 `estimate` is the whole chain from q and k to the mask, `pool` the same with top_p 1, where nothing
 is scored: pooling and writing the mask. `pool q`, `pool k` and `select` are the ops on their own;
 `select` starts from means; `append 2K` and `append 8K` bring the means of K up to date with that
-many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator. GB/s
-counts what a stage has to read: q and k, the new tokens, or the means. MB is the memory one call
-takes at its peak beyond its inputs, its results included. Ours are CUDA-graph replays that take
-inputs in turn, so that none are left in L2 (appended chunks are: they are small); the official
-estimator reads the sizes of its masks back and cannot be captured: eager calls, with K repeated for
-each query head (`repeat kv`) beforehand, as it needs it.
+many tokens at the end of L, as a chunked prefill does. `prism_grid` is the grid estimator, which
+takes head_dim up to 128. GB/s counts what a stage has to read: q and k, the new tokens, or the
+means. MB is the memory one call takes at its peak beyond its inputs, its results included. Ours are
+CUDA-graph replays that take inputs in turn, so that none are left in L2 (appended chunks are: they
+are small); the official estimator reads the sizes of its masks back and cannot be captured: eager
+calls, with K repeated for each query head (`repeat kv`) beforehand, as it needs it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ from timing import measure
 from torch import Tensor
 
 from prism_cuda import reference  # registers the ops too
+from prism_cuda.chunked import running_sums
+from prism_cuda.functional import MAX_HEAD_DIM
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]
 APPENDED = {"append 2K": 2048, "append 8K": 8192}  # tokens
 STAGES = ("estimate", "pool", "select", "pool q", "pool k", *APPENDED)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 REFERENCE_UP_TO = 131072
 OFFICIAL_UP_TO = 131072
 L2_MULTIPLE = 2
@@ -213,7 +216,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
+    parser.add_argument("--head-dim", type=int, default=128, choices=HEAD_DIMS)
     parser.add_argument("--budget-ms", type=float, default=150, help="replays of one row, together")
     parser.add_argument("--no-reference", action="store_true")
     parser.add_argument("--official", type=Path, help="checkout of github.com/xinghaow99/prism")
@@ -242,9 +245,8 @@ def main() -> None:
             for x in inputs:
                 x.q_means = torch.ops.prism.block_pool(x.q, block)
                 x.k_means = torch.ops.prism.block_pool(x.k, block)
-                x.sums = torch.zeros(1, options.kv_heads, 1024, device="cuda").unflatten(
-                    2, (-1, options.head_dim)
-                )
+                shape = (1, options.kv_heads, running_sums(options.head_dim), options.head_dim)
+                x.sums = torch.zeros(shape, device="cuda")
             calls = stage_calls(block, length, options.head_dim, options.top_p)
             kept = {"kept_density": density(calls["estimate"], first), "top_p": options.top_p}
             for stage in options.stages:
@@ -253,7 +255,7 @@ def main() -> None:
                 )
                 add(length, block, stage, "ours", "graph", row | kept)
             for stage, call in grid_calls(block, options.top_p).items():
-                if stage in options.stages:
+                if stage in options.stages and options.head_dim <= MAX_HEAD_DIM["grid"]:
                     row = time_call(
                         call, inputs, "graph", bytes_read(stage, first), options.budget_ms
                     )

@@ -13,8 +13,10 @@ from prism_cuda.config import PrismConfig
 
 _Result = TypeVar("_Result")
 
-# What prism::pool_append_ keeps of an unfinished block, a head: float32 partial sums.
-_RUNNING_SUMS = 1024
+
+def running_sums(head_dim: int) -> int:
+    """Partial sums that prism::pool_append_ keeps of an unfinished block, per dimension."""
+    return 16 if head_dim <= 64 else 8 if head_dim <= 128 else 4
 
 
 class ChunkedPrefill:
@@ -27,7 +29,7 @@ class ChunkedPrefill:
         length: tokens whose keys have been pooled.
 
     Args:
-        batch, kv_heads, head_dim: of k; head_dim is 64 or 128.
+        batch, kv_heads, head_dim: of k; head_dim is a multiple of 8 up to 256.
         max_len: tokens that the prompt may grow to; takes 4 * head_dim bytes a block and head.
         config: settings; what it rules out (short chunks, few keys) runs as dense attention, as in
             :func:`prism_cuda.prefill`, and is pooled all the same. The estimator is "bands".
@@ -48,15 +50,16 @@ class ChunkedPrefill:
         config: PrismConfig | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
-        if head_dim not in functional.HEAD_DIMS:
-            raise ValueError(
-                f"ChunkedPrefill: head_dim is {head_dim}; expected one of {functional.HEAD_DIMS}"
-            )
         self._config = config or PrismConfig()
         if self._config.estimator != "bands":
             raise ValueError(
                 f"ChunkedPrefill: config.estimator is {self._config.estimator!r}; expected "
                 "'bands', the one whose key means are kept from chunk to chunk"
+            )
+        largest = functional.MAX_HEAD_DIM["bands"]
+        if head_dim % 8 or not 0 < head_dim <= largest:
+            raise ValueError(
+                f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
             )
         _ops.load()
         self._max_len = max_len
@@ -64,7 +67,7 @@ class ChunkedPrefill:
         heads = (batch, kv_heads)
         self._means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
         self._sums = torch.empty(
-            (*heads, _RUNNING_SUMS // head_dim, head_dim), dtype=torch.float32, device=device
+            (*heads, running_sums(head_dim), head_dim), dtype=torch.float32, device=device
         )
         self.length = 0
 
@@ -121,8 +124,8 @@ class ChunkedPrefill:
             out like q, or (out, mask).
 
         Raises:
-            ValueError: if k has fewer tokens than were pooled, if config's top_p or dense_heads do
-                not fit q's heads, or as for :meth:`append`.
+            ValueError: if k has fewer tokens than were pooled, if config's top_p, bands or
+                dense_heads do not fit q's heads, or as for :meth:`append`.
             RuntimeError: if the tensors do not fit each other.
         """
         if k.dim() == 4 and k.shape[2] < self.length:

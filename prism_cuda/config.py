@@ -12,6 +12,8 @@ import torch
 from prism_cuda import bands as _bands
 from prism_cuda.bands import LAYOUTS, Bands, Layout
 
+BandsChoice = Literal["auto"] | tuple[int, int] | Bands
+
 ESTIMATORS = ("bands", "grid")
 BLOCK_SIZES = ((128, 128), (64, 64), (128, 64))
 
@@ -46,7 +48,8 @@ class PrismConfig:
         keep_above: blocks of at least this probability are kept as well, in (0, 1]. None keeps no
             more than top_p does by bands, and means (1 - top_p) / 10 on the grid.
         bands: "auto" splits the head by the RoPE frequencies; (high, low) sets the number of
-            dimensions of each band; a :class:`~prism_cuda.bands.Bands` sets them one by one.
+            dimensions of each band; a :class:`~prism_cuda.bands.Bands` sets them one by one. A
+            sequence gives one of these per query head.
         rope_theta: RoPE base for bands="auto". None takes the model's, or 1e6 without a model.
         inv_freq: inverse frequencies for bands="auto", radians per token; wins over rope_theta.
         rope_layout: which dimensions rotate together: "half" (j, j + d/2) or "interleaved"
@@ -69,7 +72,7 @@ class PrismConfig:
     estimator: Literal["bands", "grid"] = "bands"
     top_p: float | Sequence[float] = 0.95
     keep_above: float | None = None
-    bands: Literal["auto"] | tuple[int, int] | Bands = "auto"
+    bands: BandsChoice | Sequence[BandsChoice] = "auto"
     rope_theta: float | None = None
     inv_freq: Sequence[float] | torch.Tensor | None = None
     rope_layout: Layout | None = None
@@ -87,7 +90,10 @@ class PrismConfig:
         self._check("top_p", self._top_p_valid(), "a number in [0, 1], or one per query head")
         above_valid = self.keep_above is None or 0 < self.keep_above <= 1
         self._check("keep_above", above_valid, "None or a number above 0 and up to 1")
-        self._check("bands", self._bands_valid(), "'auto', (high, low) dimensions or a Bands")
+        bands_valid = _bands_choice(self.bands) or self._bands_per_head_valid()
+        self._check(
+            "bands", bands_valid, "'auto', (high, low) dimensions, a Bands, or one per query head"
+        )
         theta_valid = self.rope_theta is None or self.rope_theta > 1
         self._check("rope_theta", theta_valid, "None or a number above 1")
         layout_valid = self.rope_layout is None or self.rope_layout in LAYOUTS
@@ -123,6 +129,8 @@ class PrismConfig:
         """Replace collections by sorted tuples."""
         if not isinstance(self.top_p, (int, float)):
             object.__setattr__(self, "top_p", _hashable(self.top_p))
+        if self.bands_per_head() is not None:
+            object.__setattr__(self, "bands", _hashable(self.bands))
         object.__setattr__(self, "dense_heads", tuple(sorted(set(self.dense_heads))))
         if not isinstance(self.dense_layers, int):
             object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
@@ -156,10 +164,15 @@ class PrismConfig:
             value = getattr(self, field)
             raise ValueError(f"PrismConfig: {field} is {value!r}; expected {allowed}")
 
-    def _bands_valid(self) -> bool:
-        if isinstance(self.bands, tuple):
-            return len(self.bands) == 2 and all(isinstance(dims, int) for dims in self.bands)
-        return self.bands == "auto" or isinstance(self.bands, Bands)
+    def _bands_per_head_valid(self) -> bool:
+        choices = self.bands
+        if isinstance(choices, str) or not isinstance(choices, Sequence):
+            return False
+        return len(choices) > 0 and all(_bands_choice(choice) for choice in choices)
+
+    def bands_per_head(self) -> tuple[BandsChoice, ...] | None:
+        """The choice of every query head; None where one is made for all of them."""
+        return None if _bands_choice(self.bands) else tuple(cast(Any, self.bands))
 
     @property
     def block_sizes(self) -> tuple[int, int]:
@@ -218,17 +231,23 @@ class PrismConfig:
             return (1 - top_p) / 10
         return self.keep_above
 
-    def resolve_bands(self, head_dim: int) -> Bands:
-        """The bands for heads of ``head_dim`` dimensions.
+    def resolve_bands(self, head_dim: int) -> Bands | tuple[Bands, ...]:
+        """The bands for heads of ``head_dim`` dimensions: of all, or where they differ of each.
 
         Raises:
             ValueError: if the configured bands do not fit head_dim.
         """
+        choices = self.bands_per_head()
+        if choices is None:
+            return self._resolve_bands(cast(Any, self.bands), head_dim)
+        return tuple(self._resolve_bands(choice, head_dim) for choice in choices)
+
+    def _resolve_bands(self, choice: BandsChoice, head_dim: int) -> Bands:
         layout = self.rope_layout or "half"
-        if isinstance(self.bands, Bands):
-            return self.bands
-        if isinstance(self.bands, tuple):
-            high, low = self.bands
+        if isinstance(choice, Bands):
+            return choice
+        if isinstance(choice, tuple):
+            high, low = choice
             return _bands.from_dims(high, low, head_dim, layout)
         # The larger block cancels first, and a pair cancelled on either side scores nothing.
         block_size = max(self.block_sizes)
@@ -242,6 +261,12 @@ _COLLECTIONS = (Sequence, set, frozenset, range)
 
 def _index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _bands_choice(value: object) -> bool:
+    if isinstance(value, tuple):
+        return len(value) == 2 and all(isinstance(dims, int) for dims in value)
+    return isinstance(value, Bands) or (isinstance(value, str) and value == "auto")
 
 
 def _probability(value: object) -> bool:

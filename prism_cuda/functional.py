@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,16 +12,24 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from prism_cuda import _ops, recording
-from prism_cuda.bands import Bands
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
+from prism_cuda.per_head import (
+    HeadBands,
+    Selection,
+    Setting,
+    each_setting,
+    is_uniform,
+    settings_of_heads,
+    take,
+)
 
-HEAD_DIMS = (64, 128)
+# Of the heads that blocks are estimated for: multiples of 8.
+MAX_HEAD_DIM = {"bands": 256, "grid": 128}
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _Result = TypeVar("_Result")
-_Selection = tuple[torch.Tensor, torch.Tensor]  # bits, counts
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,12 @@ def dispatch(
         return _dense(f"q_len {q_len} is less than one block of {q_block_size}")
     if k_len < config.dense_below:
         return _dense(f"k_len {k_len} is below dense_below {config.dense_below}")
-    if head_dim not in HEAD_DIMS:
-        return _dense(f"head_dim {head_dim} is not one of {HEAD_DIMS}")
+    largest = MAX_HEAD_DIM[config.estimator]
+    if head_dim % 8 or not 0 < head_dim <= largest:
+        return _dense(
+            f"head_dim {head_dim} is not a multiple of 8 up to {largest}, as estimator "
+            f"{config.estimator!r} needs"
+        )
     if device.type not in ("cuda", "cpu"):
         return _dense(f"no kernel for {device.type} devices")
     dtypes = CUDA_DTYPES if device.type == "cuda" else CPU_DTYPES
@@ -94,7 +106,8 @@ def prefill(
     """Attention that estimates which blocks matter and computes only those.
 
     Args:
-        q: (B, Hq, q_len, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128.
+        q: (B, Hq, q_len, D), already rotated; bf16 or fp16 (float32 too on CPU), D a
+            multiple of 8 up to 256 (128 for estimator "grid").
         k, v: (B, Hkv, k_len, D) with Hq a multiple of Hkv. Any strides whose last is 1.
         config: settings; what it rules out (short sequences, other dtypes or head sizes) runs as
             dense attention, see :func:`dispatch`.
@@ -207,7 +220,7 @@ def run_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bands: Bands | None,
+    bands: HeadBands | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
@@ -220,7 +233,7 @@ def run_sparse(
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
-    top_p = config.top_p_of_heads(q.shape[1])
+    settings = settings_of_heads(q.shape[1], bands, config)
     if recorder is not None and recorder.times:
         if bands is None:
             mask, times["select"] = timed(
@@ -235,19 +248,16 @@ def run_sparse(
             lambda: sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True),
             q.device,
         )
-    elif bands is None or sinks is not None or isinstance(top_p, tuple):
+    elif bands is None or sinks is not None or not is_uniform(settings):
         mask = _estimate(q, k, bands, config, scale, causal)
         out, lse = sparse_attention(q, k, v, mask, scale=scale, sinks=sinks, return_lse=True)
     else:
-        high, low = bands.ranges
         out, lse, bits, counts = _ops.call(
             torch.ops.prism.prefill,
             q,
             k,
             v,
-            high,
-            low,
-            *_rules(config, top_p),
+            *selection_arguments(settings[0], config),
             scale,
             causal,
             *config.block_sizes,
@@ -358,14 +368,14 @@ def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bo
     )
 
 
-def _bands(q: torch.Tensor, config: PrismConfig) -> Bands | None:
+def _bands(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
     return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
 
 
 def _estimate(
     q: torch.Tensor,
     k: torch.Tensor,
-    bands: Bands | None,
+    bands: HeadBands | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
@@ -373,18 +383,18 @@ def _estimate(
     """The block mask by bands, or by the grid where there are none."""
     q_len, k_len = q.shape[2], k.shape[2]
     sizes = config.block_sizes
-    if bands is not None and isinstance(config.top_p_of_heads(q.shape[1]), tuple):
-        # The means are the same for every top_p.
+    settings = settings_of_heads(q.shape[1], bands, config)
+    if bands is not None and not is_uniform(settings):
+        # The means are the same for every setting.
         return select_from_means(*_pool(q, k, config), q_len, k_len, bands, config, causal)
 
-    def estimate(q: torch.Tensor, k: torch.Tensor, top_p: float) -> _Selection:
-        rules = _rules(config, top_p)
+    def estimate(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
+        inputs = (take(q, heads), take(k, kv_heads), *selection_arguments(setting, config))
         if bands is None:
-            return torch.ops.prism.estimate_grid(q, k, *rules, scale, causal, *sizes)
-        high, low = bands.ranges
-        return torch.ops.prism.estimate_blocks(q, k, high, low, *rules, causal, *sizes)
+            return torch.ops.prism.estimate_grid(*inputs, scale, causal, *sizes)
+        return torch.ops.prism.estimate_blocks(*inputs, causal, *sizes)
 
-    bits, counts = _each_top_p(estimate, q, k, config)
+    bits, counts = each_setting(estimate, settings, k.shape[1])
     return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
 
 
@@ -403,81 +413,31 @@ def select_from_means(
     k_means: torch.Tensor,
     q_len: int,
     k_len: int,
-    bands: Bands,
+    bands: HeadBands,
     config: PrismConfig,
     causal: bool,
 ) -> BlockMask:
-    high, low = bands.ranges
-
-    def select(q_means: torch.Tensor, k_means: torch.Tensor, top_p: float) -> _Selection:
+    def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
         return torch.ops.prism.select_blocks(
-            q_means,
-            k_means,
+            take(q_means, heads),
+            take(k_means, kv_heads),
             q_len,
             k_len,
-            high,
-            low,
-            *_rules(config, top_p),
+            *selection_arguments(setting, config),
             causal,
             *config.block_sizes,
         )
 
-    bits, counts = _each_top_p(select, q_means, k_means, config)
+    settings = settings_of_heads(q_means.shape[1], bands, config)
+    bits, counts = each_setting(select, settings, k_means.shape[1])
     return BlockMask(bits, counts, q_len, k_len, *config.block_sizes, causal)
 
 
-def _rules(config: PrismConfig, top_p: float) -> tuple[float, int, int, float | None]:
-    """What the ops take to keep of the probabilities of heads with this top_p."""
-    return top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
-
-
-def _each_top_p(
-    select: Callable[[torch.Tensor, torch.Tensor, float], _Selection],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    config: PrismConfig,
-) -> _Selection:
-    """Bits and counts by one ``select(q, k, top_p)`` for every distinct top_p among q's heads.
-
-    Args:
-        q, k: (B, Hq, ...) and (B, Hkv, ...), what select takes of q and k.
-    """
-    top_p = config.top_p_of_heads(q.shape[1])
-    if isinstance(top_p, float):
-        return select(q, k, top_p)
-    kv_heads = int(k.shape[1])
-    if kv_heads == 0 or len(top_p) % kv_heads:
-        raise ValueError(
-            f"q has {len(top_p)} heads and k has {kv_heads}; expected a multiple of k's"
-        )
-    group = len(top_p) // kv_heads
-    bits: dict[int, torch.Tensor] = {}
-    counts: dict[int, torch.Tensor] = {}
-    for value in sorted(set(top_p)):
-        heads = [head for head, head_value in enumerate(top_p) if head_value == value]
-        # Whole groups share their key heads, as in any call; others get a key head each.
-        groups = [heads[i] // group for i in range(0, len(heads), group)]
-        whole = heads == [head for kv in groups for head in range(kv * group, (kv + 1) * group)]
-        kv = groups if whole else [head // group for head in heads]
-        selected = select(_take(q, heads), _take(k, kv), value)
-        for i, head in enumerate(heads):
-            bits[head], counts[head] = selected[0][:, i], selected[1][:, i]
-    heads_in_order = range(len(top_p))
-    return (
-        torch.stack([bits[head] for head in heads_in_order], 1),
-        torch.stack([counts[head] for head in heads_in_order], 1),
-    )
-
-
-def _take(x: torch.Tensor, heads: list[int]) -> torch.Tensor:
-    """x[:, heads], a view where they follow one another.
-
-    By slices: an index tensor would have to be copied to the device.
-    """
-    first, end = heads[0], heads[-1] + 1
-    if heads == list(range(first, end)):
-        return x[:, first:end]
-    return torch.stack([x[:, head] for head in heads], 1)
+def selection_arguments(setting: Setting, config: PrismConfig) -> tuple:
+    """What the ops take of a setting: bands if any, and what to keep of the probabilities."""
+    ranges, top_p = setting
+    bands = () if ranges is None else (list(ranges[0]), list(ranges[1]))
+    return *bands, top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
 
 
 def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from prism_cuda import _ops
 from prism_cuda.config import PrismConfig
+from prism_cuda.functional import selection_arguments
+from prism_cuda.per_head import Selection, Setting, each_setting, settings_of_heads, take
 
 
 def sparse_attention_varlen(
@@ -129,7 +133,8 @@ def prefill_varlen(
     sequence keeps the blocks that it would keep by itself.
 
     Args:
-        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128.
+        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D a multiple
+            of 8 up to 256.
         k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, k_scale, v_scale: as for
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
@@ -148,7 +153,8 @@ def prefill_varlen(
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
-        ValueError: if the config's estimator is not "bands".
+        ValueError: if the config's estimator is not "bands", or its settings of heads do not fit
+            their number.
     """
     config = config or PrismConfig()
     if config.estimator != "bands":
@@ -156,15 +162,28 @@ def prefill_varlen(
             f"prefill_varlen: config.estimator is {config.estimator!r}; expected 'bands'"
         )
     _ops.load()
-    high, low = config.resolve_bands(q.shape[-1]).ranges
     where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
-    top_p = config.top_p_of_heads(q.shape[-2])
-    if not isinstance(top_p, float):
-        raise ValueError("prefill_varlen: config.top_p differs by head; expected one for all heads")
-    rules = (top_p, config.keep_sink, config.keep_recent, config.threshold(top_p))
-    bits, counts = torch.ops.prism.estimate_blocks_varlen(
-        q, k, *where, high, low, *rules, causal, *config.block_sizes, k_scale
-    )
+    q_heads, kv_heads = q.shape[-2], k.shape[-2]
+
+    def estimate(heads: Sequence[int], kv: Sequence[int], setting: Setting) -> Selection:
+        rules = (*selection_arguments(setting, config), causal, *config.block_sizes)
+        if len(heads) == q_heads:
+            return torch.ops.prism.estimate_blocks_varlen(q, k, *where, *rules, k_scale)
+        # From the first to the last key head: gathering those in question would copy all pages.
+        first, end = kv[0], kv[-1] + 1
+        group = q_heads // kv_heads
+        bits, counts = torch.ops.prism.estimate_blocks_varlen(
+            q[:, first * group : end * group],
+            k[..., first:end, :],
+            *where,
+            *rules,
+            None if k_scale is None else k_scale[first:end],
+        )
+        wanted = [head - first * group for head in heads]
+        return take(bits, wanted), take(counts, wanted)
+
+    settings = settings_of_heads(q_heads, config.resolve_bands(q.shape[-1]), config)
+    bits, counts = each_setting(estimate, settings, kv_heads)
     out, lse = torch.ops.prism.sparse_attention_varlen(
         q, k, v, bits, counts, *where, scale, causal, *config.block_sizes,
         k_scale=k_scale, v_scale=v_scale,

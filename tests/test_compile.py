@@ -10,6 +10,7 @@ from torch._dynamo.testing import EagerAndRecordGraphs
 
 import prism_cuda
 from prism_cuda import PrismConfig
+from prism_cuda.bands import Bands
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
@@ -17,6 +18,9 @@ SETTINGS = {
     "one_top_p": PrismConfig(block_size=64, top_p=0.5, dense_below=0),
     "top_p_per_head": PrismConfig(
         block_size=64, top_p=(0.3, 0.6, 0.6, 0.3), dense_heads=(2,), dense_below=0
+    ),
+    "bands_per_head": PrismConfig(
+        block_size=64, bands=[(16, 32), "auto", (16, 32), Bands((0, 8), (5, 64))], dense_below=0
     ),
 }
 # One call for "no less than a block" and one for the shorter: dispatch depends on the length.
@@ -78,9 +82,9 @@ from helpers.models import MODELS  # noqa: E402
 class Logits(torch.nn.Module):
     """A model as a program from tokens to logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: str = "one_top_p") -> None:
         super().__init__()
-        prism_cuda.register(SETTINGS["one_top_p"], "prism-compiled")
+        prism_cuda.register(SETTINGS[settings], "prism-compiled")
         self.model = MODELS["qwen3"].build()
         self.model.set_attn_implementation("prism-compiled")
 
@@ -105,6 +109,15 @@ def test_a_whole_model_compiles_once_for_all_lengths() -> None:
         torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-4)
     assert len(backend.graphs) == 1
     assert called(backend.graphs[0]) == {"prism.prefill"}
+
+
+@torch.no_grad()
+def test_a_whole_model_compiles_with_bands_per_head() -> None:
+    torch._dynamo.reset()
+    model = Logits("bands_per_head")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    ids = prompt(333)
+    torch.testing.assert_close(compiled(ids), model(ids), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()

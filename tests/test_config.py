@@ -34,6 +34,13 @@ from prism_cuda.config import PrismConfig
         ("bands", "wide"),
         ("bands", (64,)),
         ("bands", (64.0, 96)),
+        ("bands", ()),
+        ("bands", 64),
+        ("bands", [64, 96]),
+        ("bands", ["auto", "wide"]),
+        ("bands", [(64, 96), (64,)]),
+        ("bands", [(64, 96), [64, 96]]),
+        ("bands", [None]),
         ("rope_theta", 1.0),
         ("rope_layout", "neox"),
         ("keep_sink", -1),
@@ -70,6 +77,7 @@ def test_errors_name_field_value_and_allowed(field, value):
             {"estimator": "fine"},
             r"layers\[3\] is wrong: PrismConfig: estimator is 'fine'; expected",
         ),
+        ({"bands": [(64, 96), 3]}, r"layers\[3\] is wrong: PrismConfig: bands is .*; expected"),
         ({"topp": 0.5}, r"layers\[3\] sets 'topp'; expected \('estimator', 'top_p'"),
     ],
 )
@@ -141,6 +149,26 @@ def test_resolved_bands():
     frequencies = 1e4 ** -(torch.arange(0, 128, 2).double() / 128)
     by_frequency = PrismConfig(inv_freq=frequencies, rope_theta=1e6).resolve_bands(128)
     assert by_frequency == bands.split(1e4, 128)
+
+
+def test_bands_of_every_head():
+    explicit = bands.Bands((0, 8), (8, 64))
+    config = PrismConfig(bands=["auto", (32, 64), explicit])
+    assert config.bands == ("auto", (32, 64), explicit)
+    assert hash(config) == hash(dataclasses.replace(config))
+    auto, narrow = bands.split(1e6, 64), bands.from_dims(32, 64, 64)
+    assert config.resolve_bands(64) == (auto, narrow, explicit)
+    assert config.bands_per_head() == config.bands
+    # Two heads with a pair each are told from one pair.
+    assert PrismConfig(bands=((32, 64), (32, 64))).resolve_bands(64) == (narrow, narrow)
+    for one in ("auto", (32, 64), explicit):
+        assert PrismConfig(bands=one).bands_per_head() is None
+    layered = PrismConfig(layers={2: {"bands": [(32, 64), "auto"]}, 3: {"bands": (32, 64)}})
+    assert layered.for_layer(2).resolve_bands(64) == (narrow, auto)
+    assert layered.for_layer(3).resolve_bands(64) == narrow
+    assert layered.for_layer(1).resolve_bands(64) == auto
+    with pytest.raises(ValueError, match="high is 96"):
+        PrismConfig(bands=[(32, 64), (96, 64)]).resolve_bands(64)
 
 
 def test_mixed_blocks_split_by_the_larger_one():

@@ -9,6 +9,7 @@ import torch
 
 import prism_cuda
 from prism_cuda import BlockMask, PrismConfig
+from prism_cuda.bands import Bands
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
@@ -109,6 +110,83 @@ def test_top_p_per_head_is_each_head_on_its_own(top_p_of_heads, estimator):
         assert torch.equal(out[:, head], every_head_out[:, head])
 
 
+WIDE, NARROW = (48, 64), Bands((0, 8), (24, 32, 50, 64))
+BANDS_PER_HEAD = {
+    "heads": (WIDE, NARROW, "auto", WIDE),
+    "groups": (WIDE, WIDE, "auto", "auto", WIDE, WIDE),
+    "all_the_same": (NARROW,) * 4,
+}
+
+
+ON_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+def check_bands_per_head(q, k, v, config):
+    """Whole calls with bands per head give each head what calls with its bands alone give it."""
+    out, lse, mask = prism_cuda.prefill(q, k, v, config=config, return_lse=True, return_mask=True)
+    assert torch.equal(prism_cuda.select_blocks(q, k, config=config).bits, mask.bits)
+    with prism_cuda.record(times=True):
+        assert torch.equal(prism_cuda.prefill(q, k, v, config=config), out)
+    top_p = config.top_p if isinstance(config.top_p, tuple) else (config.top_p,) * q.shape[1]
+    for head, own in enumerate(config.bands):
+        one = dataclasses.replace(config, bands=own, top_p=top_p[head])
+        of_all, lse_of_all, mask_of_all = prism_cuda.prefill(
+            q, k, v, config=one, return_lse=True, return_mask=True
+        )
+        assert torch.equal(mask.bits[:, head], mask_of_all.bits[:, head])
+        assert torch.equal(mask.counts[:, head], mask_of_all.counts[:, head])
+        assert torch.equal(out[:, head], of_all[:, head])
+        assert torch.equal(lse[:, head], lse_of_all[:, head])
+    return mask
+
+
+@pytest.mark.parametrize("name", BANDS_PER_HEAD)
+@pytest.mark.parametrize("top_p", [0.5, "per head"])
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_bands_per_head_are_each_head_on_its_own(device, name, top_p):
+    of_heads = BANDS_PER_HEAD[name]
+    if top_p == "per head":
+        top_p = (0.3, 0.6, 0.6, 0.3, 0.3, 0.3)[: len(of_heads)]
+    q, k, v = (x.to(device) for x in structured_qkv(heads=len(of_heads)))
+    if device == "cuda":
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    config = PrismConfig(block_size=64, bands=list(of_heads), top_p=top_p, dense_below=0)
+    mask = check_bands_per_head(q, k, v, config)
+    if name == "heads":
+        alike = prism_cuda.select_blocks(q, k, config=dataclasses.replace(config, bands=WIDE))
+        assert not torch.equal(mask.bits[:, 1:3], alike.bits[:, 1:3])
+
+
+def test_every_distinct_setting_is_selected_once_and_means_are_pooled_once(monkeypatch):
+    q, k, _ = qkv()
+    calls = []
+
+    def count(name):
+        op = getattr(torch.ops.prism, name)
+
+        def counted(*arguments):
+            calls.append((name, arguments[0].shape[1]))
+            return op(*arguments)
+
+        monkeypatch.setattr(torch.ops.prism, name, counted)
+
+    for name in ("block_pool", "select_blocks", "estimate_blocks"):
+        count(name)
+    config = PrismConfig(block_size=64, bands=[WIDE, NARROW, WIDE, WIDE], top_p=[0.3] * 3 + [0.6])
+    prism_cuda.select_blocks(q, k, config=config)
+    pooled = [("block_pool", 4), ("block_pool", 2)]
+    assert calls == [*pooled, ("select_blocks", 2), ("select_blocks", 1), ("select_blocks", 1)]
+    calls.clear()
+    prism_cuda.select_blocks(q, k, config=PrismConfig(block_size=64, bands=[NARROW] * 4))
+    assert calls == [("estimate_blocks", 4)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("estimator", ["bands", "grid"])
@@ -206,7 +284,7 @@ def test_decode_and_empty_keys():
 
 
 def test_unsupported_head_dim_is_dense_and_differentiable():
-    q, k, v = qkv(200, 200, head_dim=32)
+    q, k, v = qkv(200, 200, head_dim=36)
     q.requires_grad_()
     prism_cuda.prefill(q, k, v, config=SPARSE).sum().backward()
     assert q.grad is not None
@@ -232,7 +310,11 @@ def test_mask_for_other_lengths():
         ((1, 9000, 128, torch.bfloat16, "cpu"), "dense", "decode"),
         ((127, 9000, 128, torch.bfloat16, "cpu"), "dense", "less than one block"),
         ((2000, 2000, 128, torch.bfloat16, "cpu"), "dense", "dense_below 2304"),
-        ((9000, 9000, 96, torch.bfloat16, "cpu"), "dense", "head_dim 96"),
+        ((9000, 9000, 100, torch.bfloat16, "cpu"), "dense", "head_dim 100 is not a multiple of 8"),
+        ((9000, 9000, 264, torch.bfloat16, "cpu"), "dense", "head_dim 264"),
+        ((9000, 9000, 256, torch.bfloat16, "cpu", GRID), "dense", "up to 128, as estimator 'grid'"),
+        ((9000, 9000, 256, torch.bfloat16, "cpu"), "prism", "block-sparse"),
+        ((9000, 9000, 96, torch.bfloat16, "cpu", GRID), "prism", "block-sparse"),
         ((9000, 9000, 128, torch.float64, "cpu"), "dense", "float64"),
         ((9000, 9000, 128, torch.float32, "cuda"), "dense", "float32 is not supported on cuda"),
         ((9000, 9000, 128, torch.bfloat16, "meta"), "dense", "meta"),

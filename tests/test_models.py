@@ -104,7 +104,8 @@ def test_bands_are_those_of_the_rotation(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gpt-oss", "qwen2-vl", "phi3-partial", "gpt2-learned-positions"]
+    "name",
+    ["llama", "gpt-oss", "qwen2-vl", "phi3-partial", "phi3-d96-partial", "gpt2-learned-positions"],
 )
 def test_leaving_blocks_out_changes_the_logits(name: str) -> None:
     """Shows that the comparison above sees the sparse path: with a low top_p it would fail."""

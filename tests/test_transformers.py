@@ -401,11 +401,11 @@ def test_unsupported_features_raise(argument):
 
 
 def test_unsupported_head_dim_runs_dense():
-    model = build(head_dim=32)
+    model = build(head_dim=36)
     ids = tokens(1, 200)
     with prism_cuda.record() as recording:
         close(logits(model, "prism", ids), logits(model, "eager", ids))
-    assert "head_dim 32" in recording.calls[0].reason
+    assert "head_dim 36" in recording.calls[0].reason
 
 
 def test_spans_are_read_once_per_forward(monkeypatch):
@@ -466,6 +466,33 @@ def test_config_overrides_the_model():
     assert rope.layer_bands(attention, 64, PrismConfig(bands=(16, 32))).high == 16
     by_theta = rope.layer_bands(attention, 64, PrismConfig(rope_theta=1e4))
     assert by_theta == PrismConfig(rope_theta=1e4).resolve_bands(64)
+
+
+def test_bands_of_every_head_in_a_layer():
+    config = PrismConfig(
+        block_size=64, top_p=0.6, dense_below=0, layers={0: {"bands": [(16, 32), "auto"] * 2}}
+    )
+    model = build(Qwen3Config)
+    attention = model.model.layers[0].self_attn
+    own = rope.layer_bands(attention, 64, config.for_layer(0))
+    one = [
+        rope.layer_bands(attention, 64, PrismConfig(block_size=64, bands=choice))
+        for choice in ((16, 32), "auto")
+    ]
+    assert own == tuple(one * 2) and one[0] != one[1]
+    # The first layer's queries and keys are the same whatever its attention does.
+    masks = []
+    ids = torch.randint(3, 90, (1, 700))
+    for settings in (config, *(PrismConfig(block_size=64, top_p=0.6, dense_below=0, bands=b)
+                               for b in one)):  # fmt: skip
+        prism_cuda.register(settings, "prism-bands")
+        model.set_attn_implementation("prism-bands")
+        with torch.no_grad(), prism_cuda.record(masks=True) as recording:
+            model(ids)
+        masks.append(recording.calls[0].mask.bits)
+    for head in range(4):
+        assert torch.equal(masks[0][:, head], masks[1 + head % 2][:, head])
+    assert not torch.equal(masks[1], masks[2])
 
 
 def test_model_without_theta_raises():

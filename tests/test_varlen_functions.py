@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from helpers.ragged import RaggedCase, ragged_inputs
 
 import prism_cuda
 
@@ -111,6 +113,47 @@ def test_prefill_of_a_ragged_batch_is_that_of_its_sequences() -> None:
         assert torch.equal(counts[b, :, :blocks], mask.counts[0])
         assert torch.equal(out[rows], want[0].transpose(0, 1))
         assert torch.equal(lse[:, rows], want_lse[0])
+
+
+ON_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("q_heads", [4, 6])
+def test_settings_per_head_are_those_of_each_head_alone(
+    device: str, q_heads: int, paged: bool
+) -> None:
+    case = ragged_inputs(
+        RaggedCase("heads", ((300, 1500), (0, 9), (129, 700)), q_heads=q_heads,
+                   page_size=16 if paged else None),
+        torch.bfloat16, device,
+    )  # fmt: skip
+    bands = [(32, 48), "auto", (16, 64), (16, 64), "auto", "auto"][:q_heads]
+    top_p = [0.6, 0.6, 0.3, 0.8, 0.6, 0.6][:q_heads]
+    where = {name: x for name, x in case.tensors.items() if name != "sinks"}
+
+    def run(**settings: Any) -> tuple[torch.Tensor, ...]:
+        config = prism_cuda.PrismConfig(**settings)
+        return prism_cuda.prefill_varlen(
+            case.q, case.k, case.v, **where, config=config, return_lse=True, return_mask=True
+        )  # type: ignore[return-value]
+
+    out, lse, bits, counts = run(bands=bands, top_p=top_p)
+    for head in range(q_heads):
+        alone = run(bands=bands[head], top_p=top_p[head])
+        assert torch.equal(bits[:, head], alone[2][:, head])
+        assert torch.equal(counts[:, head], alone[3][:, head])
+        assert torch.equal(out[:, head], alone[0][:, head])
+        assert torch.equal(lse[head], alone[1][head])
+    with pytest.raises(ValueError, match=f"bands has 3 entries; expected one .* or {q_heads}, one"):
+        run(bands=bands[:3])
 
 
 def test_prefill_of_a_ragged_batch_estimates_by_bands_only() -> None:

@@ -14,7 +14,11 @@ namespace prism {
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat8E4M3 };
 
 constexpr int kMaxBandRanges = 8;
-constexpr int kMaxHeadDim = 128;
+constexpr int kMaxHeadDim = 256;
+// The widths that estimation has kernels for; rows of fewer dimensions are padded with zeros there.
+PRISM_HOST_DEVICE constexpr int64_t estimation_width(int64_t head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : kMaxHeadDim;
+}
 // Limited by tests, not by memory: longer rows only take more passes.
 constexpr int64_t kMaxSelectKeyBlocks = 16384;
 
@@ -32,26 +36,28 @@ struct BlockPoolParams {
   int64_t batch;
   int64_t heads;
   int64_t length;  // tokens
-  int head_dim;    // 64 or 128
+  int head_dim;
   int block_size;  // tokens
   DType dtype;
   const float* scale = nullptr;  // (heads): what the means are multiplied by; null: 1
 };
 
-// Partial sums that continue the mean of an unfinished block, of one head.
-constexpr int kRunningSums = 1024;
+// Rows of partial sums that continue the mean of an unfinished block, of one head.
+PRISM_HOST_DEVICE constexpr int64_t running_sums(int64_t head_dim) {
+  return 1024 / estimation_width(head_dim);
+}
 
 struct AppendMeansParams {
   TensorView x;  // (batch, heads, length, head_dim), dtype: tokens from position `start` on
   float* means;  // (batch, heads, capacity, head_dim), contiguous
-  float* sums;   // (batch, heads, kRunningSums / head_dim, head_dim), contiguous
+  float* sums;   // (batch, heads, running_sums(head_dim), head_dim), contiguous
   int64_t batch;
   int64_t heads;
   int64_t start;     // tokens before x
   int64_t length;    // tokens
   int64_t capacity;  // blocks
-  int head_dim;      // 64 or 128
-  int block_size;    // tokens
+  int head_dim;
+  int block_size;  // tokens
   DType dtype;
   const float* scale = nullptr;  // (heads): what the means, not the sums, are multiplied by
 };

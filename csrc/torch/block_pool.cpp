@@ -40,7 +40,6 @@ Tensor block_pool_cuda(const Tensor& x, int64_t block_size, const std::optional<
 
 Tensor block_pool(const Tensor& x, int64_t block_size, const std::optional<Tensor>& scale) {
   check_activation(kOp, "x", x, Fp8::kAllowed);
-  check_estimated(kOp, "x", x);
   check_block_size(kOp, "block_size", block_size);
   check_head_scale(kOp, "scale", scale, "x", x, x.size(1));
   if (x.is_cpu()) {

@@ -73,10 +73,12 @@ void check_activation(const char* op, const char* name, const Tensor& tensor, Fp
               "; allowed: at most ", kMaxLength);
 }
 
-void check_estimated(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.size(tensor.dim() - 1) == 64 || tensor.size(tensor.dim() - 1) == kMaxHeadDim,
-              op, name, " has head_dim ", tensor.size(tensor.dim() - 1), " (shape ",
-              shape_string(tensor), "); blocks are estimated at 64, 128 only");
+void check_grid_head_dim(const char* op, const char* name, const Tensor& tensor) {
+  constexpr int64_t kMaxGridHeadDim = 128;  // a warp holds its queries' statistics in registers
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
+  PRISM_CHECK(head_dim <= kMaxGridHeadDim, op, name, " has head_dim ", head_dim, " (shape ",
+              shape_string(tensor), "); allowed on the grid: multiples of 8 up to ",
+              kMaxGridHeadDim);
 }
 
 void check_same_device(const char* op, const char* name, const Tensor& tensor,
@@ -125,7 +127,6 @@ void check_batch(const char* op, const char* name, const Tensor& tensor, const T
 void check_qk(const char* op, const Tensor& q, const Tensor& k, Fp8 fp8) {
   check_activation(op, "q", q);
   check_activation(op, "k", k, fp8);
-  check_estimated(op, "q", q);
   check_like_q(op, "k", k, q, fp8);
   check_batch(op, "k", k, q);
   check_gqa(op, "q", q.size(1), "k", k.size(1));

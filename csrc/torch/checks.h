@@ -55,8 +55,8 @@ void check_activation(const char* op, const char* name, const Tensor& tensor,
 
 bool is_fp8(const Tensor& tensor);  // float8 e4m3
 
-// The head_dim of an activation whose blocks are to be estimated: 64 or 128.
-void check_estimated(const char* op, const char* name, const Tensor& tensor);
+// The head_dim of an activation whose blocks are to be estimated on the grid.
+void check_grid_head_dim(const char* op, const char* name, const Tensor& tensor);
 
 // q and k of one call: one device and dtype, agreeing shapes, whole GQA groups.
 void check_qk(const char* op, const Tensor& q, const Tensor& k, Fp8 fp8 = Fp8::kRefused);

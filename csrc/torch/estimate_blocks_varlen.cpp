@@ -58,7 +58,6 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen(
     int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& k_scale) {
   const RaggedShape batch = check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k,
                                          seqused_k, block_table, max_seqlen_q, max_seqlen_k);
-  check_estimated(kOp, "q", q);
   check_head_scale(kOp, "k_scale", k_scale, "k", k, batch.kv_heads);
   check_block_sizes(kOp, q_block_size, k_block_size);
   [[maybe_unused]] const SelectionBands bands = check_selection(

@@ -70,6 +70,7 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          std::optional<double> scale, bool causal,
                                          int64_t q_block_size, int64_t k_block_size) {
   check_qk(kOp, q, k);
+  check_grid_head_dim(kOp, "q", q);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_rules(kOp, top_p, keep_sink, keep_recent, keep_above);
   const double softmax_scale = check_scale(kOp, scale, q.size(3));

@@ -30,7 +30,6 @@ void check_state(const char* name, const Tensor& state, const Tensor& x) {
 void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size,
                   const std::optional<Tensor>& scale) {
   check_activation(kOp, "x", x, Fp8::kAllowed);
-  check_estimated(kOp, "x", x);
   check_state("means", means, x);
   check_state("sums", sums, x);
   check_block_size(kOp, "block_size", block_size);
@@ -39,8 +38,9 @@ void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int
   PRISM_CHECK(x.size(2) <= means.size(2) * block_size - start, kOp, "means has ", means.size(2),
               " blocks; expected at least ceil((start + length of x) / block_size) = ceil((", start,
               " + ", x.size(2), ") / ", block_size, ")");
-  PRISM_CHECK(sums.size(2) == kRunningSums / x.size(3), kOp, "sums has ", sums.size(2),
-              " rows; expected ", kRunningSums, " / head_dim = ", kRunningSums / x.size(3));
+  PRISM_CHECK(sums.size(2) == running_sums(x.size(3)), kOp, "sums has ", sums.size(2),
+              " rows; expected ", running_sums(x.size(3)), " for head_dim ", x.size(3),
+              " (16 up to 64, 8 up to 128, 4 up to 256)");
   PRISM_CHECK(means.data_ptr() != sums.data_ptr() || means.numel() == 0, kOp,
               "means and sums are the same memory; expected two tensors");
   if (x.is_cpu()) {

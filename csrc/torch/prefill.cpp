@@ -14,7 +14,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const std::optional<Tensor>& v_scale) {
   constexpr const char* kOp = "prefill";
   check_qkv(kOp, q, k, v);
-  check_estimated(kOp, "q", q);
   check_kv_scales(kOp, k, v, k.size(1), k_scale, v_scale);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_selection(kOp, high_band, low_band, q.size(3), top_p, keep_sink, keep_recent, keep_above);

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "kernels/attention/dispatch.h"
 #include "torch/checks.h"
 #include "torch/cuda_context.h"
 #include "torch/ops.h"
@@ -27,8 +28,8 @@ void check_means(const char* name, const Tensor& means, const char* length_name,
               torch::headeronly::toString(means.scalar_type()), "; expected Float (float32)");
   PRISM_CHECK(means.dim() == 4, kOp, name, " has shape ", shape_string(means),
               "; expected 4 dimensions: (batch, heads, blocks, head_dim)");
-  PRISM_CHECK(means.size(3) == 64 || means.size(3) == 128, kOp, name, " has head_dim ",
-              means.size(3), "; allowed: 64, 128");
+  PRISM_CHECK(head_dim_supported(means.size(3)), kOp, name, " has head_dim ", means.size(3),
+              " (shape ", shape_string(means), "); allowed: multiples of 8 up to 256");
   PRISM_CHECK(means.stride(3) == 1 || means.numel() == 0, kOp, name, " has last stride ",
               means.stride(3), "; expected 1");
   PRISM_CHECK(length >= 0, kOp, length_name, " is ", length, "; allowed: 0 or more tokens");

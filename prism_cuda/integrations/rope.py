@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,13 +22,13 @@ ROTATE_WINDOWED_ONLY = ("Cohere2", "Exaone4", "ExaoneMoe", "Flint")
 Ranges = tuple[tuple[int, ...], tuple[int, ...]]
 
 # By layer, then by head_dim and settings: a layer's frequencies do not change.
-_ranges: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], Ranges]]
+_ranges: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], tuple[Ranges, ...]]]
 _ranges = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
-def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Ranges:
-    """high_ranges and low_ranges of :func:`layer_bands`, remembered.
+def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> tuple[Ranges, ...]:
+    """high_ranges and low_ranges of :func:`layer_bands`, remembered; of all heads or of each.
 
     Plain tuples and not Bands, which a compiler cannot take as a constant.
     """
@@ -37,17 +37,27 @@ def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) ->
     if ranges is None:
         # torch.export runs this with fake tensors, which have no values.
         with _disable_current_modes():
-            bands = layer_bands(module, head_dim, config)
-        ranges = of_layer[head_dim, config] = (bands.high_ranges, bands.low_ranges)
+            found = layer_bands(module, head_dim, config)
+        of_heads = found if isinstance(found, tuple) else (found,)
+        ranges = tuple((bands.high_ranges, bands.low_ranges) for bands in of_heads)
+        of_layer[head_dim, config] = ranges
     return ranges
 
 
-def layer_bands(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Bands:
-    """The bands for one attention layer; whatever ``config`` sets itself wins over the model.
+def layer_bands(
+    module: torch.nn.Module, head_dim: int, config: PrismConfig
+) -> Bands | tuple[Bands, ...]:
+    """The bands for one attention layer, of all heads or of each.
+
+    Whatever ``config`` sets itself wins over the model.
 
     Raises:
         ValueError: if the model does not say how it rotates and ``config`` does not either.
     """
+    choices = config.bands_per_head()
+    if choices is not None:
+        of_heads = (dataclasses.replace(config, bands=choice) for choice in choices)
+        return tuple(cast(Bands, layer_bands(module, head_dim, one)) for one in of_heads)
     if isinstance(config.bands, Bands):
         return config.bands
     if not _rotates(module):

@@ -144,7 +144,9 @@ class PrismAttention:
             return dense.attend(call, query, key, value, mask, choice.reason)
         bands = None
         if call.config.estimator == "bands":
-            bands = Bands(*layer_ranges(call.module, query.shape[-1], call.config))
+            ranges = layer_ranges(call.module, query.shape[-1], call.config)
+            of_heads = tuple(Bands(*of_head) for of_head in ranges)
+            bands = of_heads if call.config.bands_per_head() else of_heads[0]
         out, _, _ = functional.run_sparse(
             query,
             key,

@@ -188,6 +188,14 @@ POOL_GROUPS: dict[str, tuple[PoolCase, ...]] = {
         for layout in ("length_first", "packed_qkv", "odd_stride", "offset")
         for dim in (64, 128)
     ),
+    "head_dims": (
+        *(PoolCase(f"d{dim}", 301, head_dim=dim) for dim in (8, 56, 80, 96, 120, 192, 256)),
+        *(
+            PoolCase(f"b128_{layout}_d{dim}", 200, 2, 3, dim, 128, layout)
+            for layout in ("packed_qkv", "odd_stride")
+            for dim in (40, 96, 200, 256)
+        ),
+    ),
     "extreme": tuple(
         PoolCase(kind, 200, values=kind, block_size=128)
         for kind in ("large_logits", "constant", "outlier", "denormal", "zero")
@@ -239,6 +247,18 @@ SELECT_GROUPS: dict[str, tuple[SelectCase, ...]] = {
         SelectCase("ratio_4", 1280, 1280, q_heads=8, kv_heads=2),
         SelectCase("ratio_3", 640, 640, batch=2, q_heads=6, kv_heads=2),
         SelectCase("one_kv_head", 640, 640, q_heads=5, kv_heads=1, head_dim=128, high=64, low=96),
+    ),
+    "head_dims": (
+        SelectCase("d8", 1280, 1280, head_dim=8, high=4, low=6),
+        SelectCase("d40", 640, 640, head_dim=40, high=20, low=30),
+        SelectCase("d72", 640, 2600, head_dim=72, high=36, low=54),
+        SelectCase("d80_b128", 2560, 2560, head_dim=80, high=40, low=60, blocks=B128),
+        SelectCase("d96_gqa", 1201, 1301, 2, 4, 1, head_dim=96, high=48, low=72),
+        SelectCase("d96_full_width", 1280, 1280, head_dim=96, high=96, low=96),
+        SelectCase("d192_b128_64", 1280, 1280, head_dim=192, high=96, low=144, blocks=B128_64),
+        SelectCase("d200_only_low", 640, 640, head_dim=200, high=None, low=100),
+        SelectCase("d256", 1280, 1311, 1, 4, 2, head_dim=256, high=128, low=192),
+        SelectCase("d256_full_width", 640, 640, head_dim=256, high=256, low=256),
     ),
     "prefix": (
         SelectCase("whole_blocks", 640, 1280),

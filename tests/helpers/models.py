@@ -184,6 +184,14 @@ MODELS = {
         (WINDOW, PRISM),
         bands=(None, NOT_ROTATED),
     ),
-    "llama-narrow-head": Model("LlamaConfig", {"head_dim": 32}, ("head_dim 32", "head_dim 32")),
-    "llama-wide-head": Model("LlamaConfig", {"head_dim": 256}, ("head_dim 256", "head_dim 256")),
+    "phi3-d96-partial": Model(
+        "Phi3Config",
+        {
+            "hidden_size": 384,
+            "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        },
+    ),
+    "llama-narrow-head": Model("LlamaConfig", {"head_dim": 40}),
+    "llama-wide-head": Model("LlamaConfig", {"head_dim": 256}),
+    "llama-odd-head": Model("LlamaConfig", {"head_dim": 36}, ("head_dim 36", "head_dim 36")),
 }

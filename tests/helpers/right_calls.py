@@ -39,6 +39,12 @@ class Right:
 
 PAGE_SIZE = 16
 
+
+def sum_rows(head_dim: int) -> int:
+    """Rows of sums that pool_append_ keeps."""
+    return 1024 // next(width for width in (64, 128, 256) if head_dim <= width)
+
+
 # Several key/value heads and more than one block everywhere, so that every change shows.
 RIGHT = (
     Right(1, 4, 2, 70, 130, 64, (64, 64), torch.bfloat16),
@@ -103,7 +109,7 @@ def pool_append_call(sizes: Right, device: str) -> Arguments:
     blocks = oracle.ceil_div(start + sizes.q_len, sizes.blocks[0]) + 1
     means, sums = (
         torch.zeros(*x.shape[:2], rows, sizes.head_dim, device=device)
-        for rows in (blocks, 1024 // sizes.head_dim)
+        for rows in (blocks, sum_rows(sizes.head_dim))
     )
     return {"x": x, "means": means, "sums": sums, "start": start, "block_size": sizes.blocks[0]}
 

@@ -141,7 +141,7 @@ def same(n: int, _: Site) -> bool:
 
 
 def estimated_head_dim(n: int, _: Site) -> bool:
-    return n in (64, 128)
+    return n % 8 == 0 and 0 < n <= 256
 
 
 def whole_groups_of_kv(n: int, site: Site) -> bool:

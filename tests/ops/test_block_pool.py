@@ -20,6 +20,9 @@ SANITIZER_CASES = (
     "ragged-odd",
     "strided-odd_stride_d128",
     "strided-packed_qkv_d64",
+    "head_dims-d96",
+    "head_dims-b128_odd_stride_d200",
+    "head_dims-b128_packed_qkv_d256",
     "tiny-length_1",
 )
 
@@ -73,6 +76,14 @@ def test_repeats_are_bit_identical(device: str) -> None:
 
 def test_layouts_are_bit_identical(device: str) -> None:
     x = inputs.tensor((2, 3, 333, 64), torch.bfloat16, device, seed=9)
+    expected = run(x, 64)
+    for layout in inputs.LAYOUTS:
+        assert torch.equal(run(inputs.lay_out(x, layout, device), 64), expected), layout
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_layouts_of_other_head_dims_are_bit_identical(device: str, head_dim: int) -> None:
+    x = inputs.tensor((2, 3, 333, head_dim), torch.bfloat16, device, seed=10)
     expected = run(x, 64)
     for layout in inputs.LAYOUTS:
         assert torch.equal(run(inputs.lay_out(x, layout, device), 64), expected), layout

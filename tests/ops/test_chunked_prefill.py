@@ -131,6 +131,33 @@ def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
         assert relative_error(nothing, want) > 0.2
 
 
+def test_settings_per_head_are_those_of_each_head_alone(device: str) -> None:
+    of_heads = [(16, 32), (32, 48), "auto", (16, 32)]
+    config = PrismConfig(block_size=64, bands=of_heads, top_p=[0.8] * 3 + [0.6], dense_below=0)
+    together = state(config, device)
+    alone = [
+        state(replace(config, bands=own, top_p=config.top_p[head]), device)
+        for head, own in enumerate(of_heads)
+    ]
+    for chunk in chunks(prompt(device), CUTS["odd"]):
+        out, mask = together.prefill(*chunk, return_mask=True)
+        for head, one in enumerate(alone):
+            want, want_mask = one.prefill(*chunk, return_mask=True)
+            assert torch.equal(out[:, head], want[:, head])
+            assert torch.equal(mask.bits[:, head], want_mask.bits[:, head])
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_other_head_dims_at_p_1_equal_dense_attention(device: str, head_dim: int) -> None:
+    q, k = inputs.structured_qk(HEADS, KV_HEADS, 1024, 1024, head_dim, device, 3)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    qkv = (q.to(dtype), k.to(dtype), inputs.tensor(tuple(k.shape), dtype, device, seed=4))
+    chunked = ChunkedPrefill(1, KV_HEADS, head_dim, 1024, config=EXACT, device=device)
+    out = torch.cat([chunked.prefill(*chunk) for chunk in chunks(qkv, CUTS["odd"])], dim=2)
+    tolerance = 1e-4 if device == "cpu" else 2e-2
+    torch.testing.assert_close(out.double(), dense(*qkv), atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("start", [1, 63, 64, 65, 100, 127])
 @pytest.mark.parametrize("block_size", [64, 128, (128, 64)])
 def test_own_key_blocks_are_kept_wherever_a_chunk_starts(
@@ -175,8 +202,9 @@ def test_chunks_are_recorded(device: str) -> None:
 
 def test_wrong_calls_are_refused(device: str) -> None:
     q, k, v = prompt(device)
-    with pytest.raises(ValueError, match=r"head_dim is 256.*64, 128"):
-        ChunkedPrefill(1, 2, 256, 1024, device=device)
+    for head_dim in (0, 60, 264):
+        with pytest.raises(ValueError, match=rf"head_dim is {head_dim};.*multiple of 8 up to 256"):
+            ChunkedPrefill(1, 2, head_dim, 1024, device=device)
     chunked = state(SPARSE, device, max_len=500)
     with pytest.raises(ValueError, match=r"1024 tokens after 0 exceed max_len 500"):
         chunked.append(k)

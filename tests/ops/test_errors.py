@@ -98,10 +98,6 @@ WRONG: list[tuple[str, str, str, Change, str]] = [
     for what, change in ACTIVATION
 ]
 WRONG += [
-    ("block_pool", "x", "head_dim 96", lambda x: x.repeat(1, 1, 1, 2)[..., :96], r"\bx\b.*64, 128"),
-    ("block_pool", "x", "head_dim 256", lambda x: x.repeat(1, 1, 1, 4), r"\bx\b.*64, 128"),
-]
-WRONG += [
     (op, "block_size", str(size), to(size), "block_size")
     for op in ("block_pool", "pool_append_")
     for size in (0, -64, 32, 63, 96, 256)

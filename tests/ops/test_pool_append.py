@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import inputs, oracle
 from helpers.compare import check_means
+from helpers.right_calls import sum_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,7 @@ class Appended:
             (batch, heads, blocks, head_dim), torch.nan, dtype=torch.float32, device=x.device
         )
         self.sums = torch.full(
-            (batch, heads, 1024 // head_dim, head_dim),
+            (batch, heads, sum_rows(head_dim), head_dim),
             torch.nan,
             dtype=torch.float32,
             device=x.device,
@@ -55,7 +56,7 @@ def one_shot(x: torch.Tensor, block_size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
 @pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [40, 64, 96, 128, 192, 256])
 def test_equals_pooling_all_tokens_so_far(
     device: str, head_dim: int, block_size: int, cuts: tuple[int, ...]
 ) -> None:
@@ -78,10 +79,11 @@ def test_equals_pooling_all_tokens_so_far(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_layouts_and_dtypes_give_the_same_means(
-    device: str, layout: str, dtype: torch.dtype
+    device: str, head_dim: int, layout: str, dtype: torch.dtype
 ) -> None:
-    x = inputs.tensor((2, 3, 300, 64), dtype, device, seed=2)
+    x = inputs.tensor((2, 3, 300, head_dim), dtype, device, seed=2)
     state = Appended(x, 64)
     for chunk in inputs.lay_out(x, layout, device).split((70, 130, 100), dim=2):
         means = state.append(chunk)
@@ -89,8 +91,9 @@ def test_layouts_and_dtypes_give_the_same_means(
 
 
 @pytest.mark.sanitizer
-def test_cuda_equals_cpu(cuda: str) -> None:
-    x = inputs.tensor((1, 2, 500, 128), torch.bfloat16, "cpu", seed=3)
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+def test_cuda_equals_cpu(cuda: str, head_dim: int) -> None:
+    x = inputs.tensor((1, 2, 500, head_dim), torch.bfloat16, "cpu", seed=3)
     state, want = Appended(x.to(cuda), 128), Appended(x, 128)
     for chunk in x.split((130, 1, 200, 169), dim=2):
         assert torch.equal(state.append(chunk.to(cuda)).cpu(), want.append(chunk))

@@ -23,10 +23,7 @@ SANITIZER_CASES = (
     "prefix-offset_100_b128_64",
     "tiny-two_tokens",
 )
-GROUPS = {
-    name: SELECT_GROUPS[name]
-    for name in ("regular", "ragged", "gqa", "prefix", "q_longer", "tiny", "zero_length")
-}
+GROUPS = {name: SELECT_GROUPS[name] for name in SELECT_GROUPS if name != "settings"}
 
 
 def qkv(case: SelectCase, device: str, layout: str = "contiguous") -> tuple[torch.Tensor, ...]:

@@ -24,6 +24,8 @@ SANITIZER_CASES = (
     "regular-bidirectional",
     "ragged-b128_64_odd",
     "gqa-ratio_3",
+    "head_dims-d96_gqa",
+    "head_dims-d256",
     "prefix-offset_37",
     "q_longer-by_37",
     "tiny-one_token",
@@ -70,7 +72,7 @@ def test_matches_float64_but_for_near_ties(case: SelectCase, device: str) -> Non
     check_selection(kept(made), expected(made))
 
 
-@pytest.mark.parametrize("group", ["regular", "ragged", "gqa"])
+@pytest.mark.parametrize("group", ["regular", "ragged", "gqa", "head_dims"])
 def test_cases_keep_some_and_drop_some(group: str) -> None:
     for case in SELECT_GROUPS[group]:
         want = expected(select_inputs(case, "cpu"))
@@ -200,7 +202,7 @@ def test_heads_do_not_influence_each_other(device: str) -> None:
     q_len=st.integers(0, 700),
     k_len=st.integers(0, 3000),
     blocks=st.sampled_from([B64, B128, B128_64]),
-    head_dim=st.sampled_from([64, 128]),
+    head_dim=st.sampled_from([64, 80, 96, 128, 192, 256]),
     high=st.sampled_from([None, 32, 64]),
     low=st.sampled_from([32, 48, 64]),
     top_p=st.floats(0, 1),
@@ -270,7 +272,8 @@ def test_any_row_length_matches_float64(cuda: str, k_blocks: int) -> None:
 
 # Enough rows for tiles of 64, and for every CTA to draw one: causal rows of any length among them.
 @pytest.mark.parametrize(
-    ("k_blocks", "head_dim"), [(1100, 128), (2300, 64), (2300, 128), (9000, 128)]
+    ("k_blocks", "head_dim"),
+    [(1100, 128), (1100, 96), (2300, 64), (2300, 128), (2300, 256), (9000, 128)],
 )
 def test_many_long_rows_match_float64(cuda: str, k_blocks: int, head_dim: int) -> None:
     multiprocessors = torch.cuda.get_device_properties(cuda).multi_processor_count
@@ -304,9 +307,12 @@ def test_probable_blocks_are_kept_whatever_top_p(cuda: str, k_blocks: int, top_p
     check_selection(kept(case), want)
 
 
-@pytest.mark.parametrize("k_blocks", [700, 3000, 9000])
-def test_long_rows_of_head_dim_64_match_float64(cuda: str, k_blocks: int) -> None:
-    case = long_rows(cuda, k_blocks, head_dim=64)
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("k_blocks", [200, 700, 1024, 3000, 9000])
+def test_long_rows_of_other_head_dims_match_float64(
+    cuda: str, k_blocks: int, head_dim: int
+) -> None:
+    case = long_rows(cuda, k_blocks, head_dim=head_dim)
     check_selection(kept(case), expected(case))
 
 
@@ -347,6 +353,27 @@ def test_bands_of_any_dimensions_match_float64(
     device: str, high_band: list[int], low_band: list[int]
 ) -> None:
     case = select_inputs(SelectCase("bands", 1280, 1280, q_heads=4, head_dim=128), device)
+    case.high_band, case.low_band = high_band, low_band
+    check_selection(kept(case), expected(case))
+
+
+# Dimensions that are left out: those of partial rotary embedding, whole slices of 16, and others.
+@pytest.mark.parametrize(
+    ("head_dim", "high_band", "low_band"),
+    [
+        (96, [0, 24, 48, 72], [24, 48, 72, 96]),
+        (96, [0, 36], [36, 72]),
+        (80, [1, 7, 30, 33, 64, 65, 79, 80], [5, 6]),
+        (192, [0, 16, 176, 192], [100, 101, 150, 163]),
+        (256, [0, 48, 128, 176], [32, 128, 160, 256]),
+        (256, [255, 256], [3, 130]),
+        (40, [], [8, 39]),
+    ],
+)
+def test_bands_of_other_head_dims_match_float64(
+    device: str, head_dim: int, high_band: list[int], low_band: list[int]
+) -> None:
+    case = select_inputs(SelectCase("bands", 1280, 1280, q_heads=4, head_dim=head_dim), device)
     case.high_band, case.low_band = high_band, low_band
     check_selection(kept(case), expected(case))
 

@@ -55,7 +55,7 @@ cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaS
   if (error != cudaSuccess || ctas == 0) {
     return error;
   }
-  switch (params.select.head_dim) {
+  switch (estimation_width(params.select.head_dim)) {
     case 64:
       return launch_grid<64>(params, ctas, sm, stream);
     case 128:

@@ -1,4 +1,4 @@
-// The two launches of an estimation, for one head size.
+// The two launches of an estimation, for heads of up to kHeadDim dimensions.
 #pragma once
 
 #include <string>
@@ -35,11 +35,6 @@ __global__ void __launch_bounds__(Shape::kThreads, kMinGridCtas)
   }
 }
 
-inline bool is_pool_aligned(const TensorView& x) {
-  const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
-  return strides % kPoolVector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-}
-
 template <int kHeadDim>
 cudaError_t launch_pool_cells(const EstimateGridParams& params, const GridWorkspace& workspace,
                               cudaStream_t stream) {
@@ -52,14 +47,16 @@ cudaError_t launch_pool_cells(const EstimateGridParams& params, const GridWorksp
   const PoolCellsArguments arguments = {
       task(params.q, workspace.q_cells, workspace.q_factors, select.q_heads, select.q_len),
       task(params.k, workspace.k_cells, workspace.k_factors, select.kv_heads, select.k_len),
-      params.scale};
-  constexpr int kCtaCells = kPoolThreads * kPoolVector / kHeadDim;
+      params.scale, select.head_dim};
+  constexpr int kCtaCells = kPoolThreads * kVector / kHeadDim;
   const int64_t grid = (arguments.q.count + arguments.k.count + kCtaCells - 1) / kCtaCells;
-  const bool aligned = is_pool_aligned(params.q) && is_pool_aligned(params.k);
+  const bool aligned = is_aligned(params.q) && is_aligned(params.k);
   const auto launch_as = [&](auto element) {
     using Element = decltype(element);
-    const auto kernel = aligned ? pool_cells_kernel<Element, kHeadDim, true>
-                                : pool_cells_kernel<Element, kHeadDim, false>;
+    const auto kernel = !aligned ? pool_cells_kernel<Element, kHeadDim, Rows::kUnaligned>
+                        : select.head_dim == kHeadDim
+                            ? pool_cells_kernel<Element, kHeadDim, Rows::kWhole>
+                            : pool_cells_kernel<Element, kHeadDim, Rows::kShort>;
     return launch_kernel(kernel, {grid, kPoolThreads, 0}, stream, arguments);
   };
   return params.dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
@@ -95,7 +92,7 @@ cudaError_t launch_grid(const EstimateGridParams& params, int64_t ctas, int sm,
 
 template <int kHeadDim>
 void describe_grid(std::vector<KernelInfo>& kernels) {
-  const std::string head_dim = "d" + std::to_string(kHeadDim);
+  const std::string head_dim = "d up to " + std::to_string(kHeadDim);
   const auto add_score = [&](auto shape) {
     using Shape = decltype(shape);
     describe_kernel(kernels,
@@ -104,12 +101,15 @@ void describe_grid(std::vector<KernelInfo>& kernels) {
                     std::to_string(kCtaRows) + " query cells", score_cells_kernel<Shape>,
                     Shape::kThreads, static_cast<int>(sizeof(typename Shape::Storage)));
   };
-  describe_kernel(kernels, "pool_cells<bf16, " + head_dim + ">",
-                  std::to_string(kPoolThreads * kPoolVector / kHeadDim) + " cells",
-                  pool_cells_kernel<__nv_bfloat16, kHeadDim, true>, kPoolThreads, 0);
-  describe_kernel(kernels, "pool_cells<fp16, " + head_dim + ">",
-                  std::to_string(kPoolThreads * kPoolVector / kHeadDim) + " cells",
-                  pool_cells_kernel<__half, kHeadDim, true>, kPoolThreads, 0);
+  const auto add_pool = [&](const char* element, Rows rows, auto kernel) {
+    describe_kernel(
+        kernels, std::string("pool_cells<") + element + ", " + rows_name(kHeadDim, rows) + ">",
+        std::to_string(kPoolThreads * kVector / kHeadDim) + " cells", kernel, kPoolThreads, 0);
+  };
+  add_pool("bf16", Rows::kWhole, pool_cells_kernel<__nv_bfloat16, kHeadDim, Rows::kWhole>);
+  add_pool("bf16", Rows::kShort, pool_cells_kernel<__nv_bfloat16, kHeadDim, Rows::kShort>);
+  add_pool("fp16", Rows::kWhole, pool_cells_kernel<__half, kHeadDim, Rows::kWhole>);
+  add_pool("fp16", Rows::kShort, pool_cells_kernel<__half, kHeadDim, Rows::kShort>);
   add_score(GridShape<kHeadDim, 4>());
   add_score(GridShape<kHeadDim, 8>());
 }

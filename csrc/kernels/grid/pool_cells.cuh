@@ -1,11 +1,10 @@
 // Statistics of the cells of q and k. With them a base 2 logit of a query and a key cell is one
-// product over 2 head_dim dimensions: of {mean q, scale / 2 mean q^2} with {mean k, variance k},
+// product over 2 kWidth dimensions: of {mean q, scale / 2 mean q^2} with {mean k, variance k},
 // times both cells' factors. The variance stands for what averaging keys takes from the logarithm
 // of a cell's mass, to second order. One power of two scales both halves of a cell's vector into
 // float16's range: keys of magnitudes up to some 2^14 lose nothing by that, whatever the queries'.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cfloat>
@@ -13,11 +12,11 @@
 #include "kernels/grid/workspace.h"
 #include "kernels/launch.h"
 #include "kernels/pool/emit_means.cuh"
+#include "kernels/pool/load_rows.cuh"
 
 namespace prism {
 
 constexpr int kPoolThreads = 128;
-constexpr int kPoolVector = 8;  // dimensions of a thread: 16 bytes of a row
 
 // One tensor whose cells are pooled.
 struct CellTask {
@@ -34,18 +33,10 @@ struct PoolCellsArguments {
   CellTask q;
   CellTask k;
   float scale;
+  int head_dim;
 };
 
-template <typename Element>
-union CellPack {
-  uint4 raw;
-  Element element[kPoolVector];
-};
-
-__device__ inline float cell_float(__half x) { return __half2float(x); }
-__device__ inline float cell_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ inline uint4 to_halves(const float (&x)[kPoolVector], float factor) {
+__device__ inline uint4 to_halves(const float (&x)[kVector], float factor) {
   union {
     uint4 raw;
     __half2 pairs[4];
@@ -59,10 +50,10 @@ __device__ inline uint4 to_halves(const float (&x)[kPoolVector], float factor) {
 
 // A thread holds 8 dimensions of all the cell's tokens at once: many loads in flight, and the
 // variance is taken around the mean, which loses nothing to cancellation.
-template <typename Element, int kHeadDim, bool kAligned>
+template <typename Element, int kWidth, Rows kRows>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
-  constexpr int kLanes = kHeadDim / kPoolVector;  // threads of a cell
+  constexpr int kLanes = kWidth / kVector;  // threads of a cell
   constexpr float kLog2E = 1.4426950408889634f;
   let_consumer_start();
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
@@ -76,41 +67,40 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int64_t head = index / task.cells_of_head;  // over the batch
   const int64_t first_token = index % task.cells_of_head * kCellTokens;
   const int tokens = static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
+  // Threads beyond the last dimension repeat the first ones; their results are zeroed.
+  const bool has_dims = kRows == Rows::kWhole || lane * kVector < arguments.head_dim;
+  const int first_dim = has_dims ? lane * kVector : 0;
   const Element* source =
       static_cast<const Element*>(task.x.data) + head / task.heads * task.x.batch_stride +
-      head % task.heads * task.x.head_stride + first_token * task.x.row_stride + lane * kPoolVector;
-  CellPack<Element> packs[kCellTokens];
+      head % task.heads * task.x.head_stride + first_token * task.x.row_stride + first_dim;
+  Pack<Element> packs[kCellTokens];
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {
     const Element* from = source + min(row, tokens - 1) * task.x.row_stride;
-    if constexpr (kAligned) {
-      packs[row].raw = __ldg(reinterpret_cast<const uint4*>(from));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPoolVector; ++i) {
-        packs[row].element[i] = from[i];
-      }
-    }
+    packs[row].raw = load<Element, kRows>(from).raw;
   }
   const float share = 1.f / static_cast<float>(tokens);
-  float mean[kPoolVector];
-  float second[kPoolVector];
+  float mean[kVector];
+  float second[kVector];
   uint32_t largest = 0;
 #pragma unroll
-  for (int i = 0; i < kPoolVector; ++i) {
+  for (int i = 0; i < kVector; ++i) {
     float sum = 0.f;
 #pragma unroll
     for (int row = 0; row < kCellTokens; ++row) {
-      sum += row < tokens ? cell_float(packs[row].element[i]) : 0.f;
+      sum += row < tokens ? to_float(packs[row].element[i]) : 0.f;
     }
     mean[i] = sum * share;
     float squares = 0.f;
 #pragma unroll
     for (int row = 0; row < kCellTokens; ++row) {
-      const float difference = cell_float(packs[row].element[i]) - mean[i];
+      const float difference = to_float(packs[row].element[i]) - mean[i];
       squares += row < tokens ? difference * difference : 0.f;
     }
     second[i] = is_key ? squares * share : 0.5f * arguments.scale * mean[i] * mean[i];
+    if (!has_dims) {
+      mean[i] = second[i] = 0.f;
+    }
     // Of floats without sign the bits have their order; NaN comes last.
     largest = max(largest, max(__float_as_uint(fabsf(mean[i])), __float_as_uint(second[i])));
   }
@@ -123,7 +113,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   const HalfScale range(__uint_as_float(finite ? largest : 0u));
   if (!finite) {
 #pragma unroll
-    for (int i = 0; i < kPoolVector; ++i) {
+    for (int i = 0; i < kVector; ++i) {
       mean[i] = second[i] = 0.f;
     }
   }

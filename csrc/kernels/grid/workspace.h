@@ -20,8 +20,9 @@ __host__ __device__ inline int64_t cells_of(int64_t tokens) {
 // `ctas` CTAs work at a time, each in a scratch of its own: memory grows with their number and
 // with the length of a row, not with the number of rows.
 struct GridWorkspace {
-  // (batch, q_heads, q_cells, 2 head_dim) and (batch, kv_heads, k_cells, 2 head_dim): float16
-  // statistics of the cells, scaled by a power of two each, see pool_cells.cuh.
+  // (batch, q_heads, q_cells, 2 width) and (batch, kv_heads, k_cells, 2 width), of a width of
+  // estimation_width(head_dim): float16 statistics of the cells, scaled by a power of two each, see
+  // pool_cells.cuh.
   uint4* q_cells;
   uint4* k_cells;
   // (batch, q_heads, q_cells) and (batch, kv_heads, k_cells): a product of statistics times both
@@ -37,7 +38,7 @@ struct GridWorkspace {
     const int64_t q_count = select.batch * select.q_heads * cells_of(select.q_len);
     const int64_t k_count = select.batch * select.kv_heads * cells_of(select.k_len);
     row_blocks = (select.k_blocks + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
-    const int64_t cell_bytes = int64_t{2} * select.head_dim * 2;
+    const int64_t cell_bytes = 2 * estimation_width(select.head_dim) * 2;
     char* next = static_cast<char*>(select.workspace);
     const auto take = [&](int64_t bytes) {
       char* begin = next;

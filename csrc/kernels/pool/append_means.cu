@@ -25,23 +25,24 @@ struct TokenRange {
   }
 };
 
-// kHeadDim / 8 threads span a row; group g of them adds up the tokens g, g + kRowGroups, ... of a
+// kWidth / 8 threads span a row; group g of them adds up the tokens g, g + kRowGroups, ... of a
 // block. Those sums, kept of an unfinished block, go on as if there had been no cut.
-template <typename Element, int kHeadDim, bool kAligned>
+template <typename Element, int kWidth, Rows kRows>
 class BlockAppender {
  public:
-  static constexpr int kRowThreads = kHeadDim / kVector;
+  static constexpr int kRowThreads = kWidth / kVector;
   static constexpr int kRowGroups = kThreads / kRowThreads;
-  using Sums = float[kRowGroups][kHeadDim];
-  static_assert(sizeof(Sums) == kRunningSums * sizeof(float));
+  using Sums = float[kRowGroups][kWidth];
+  static_assert(kRowGroups == running_sums(kWidth));
 
   __device__ BlockAppender(const AppendMeansParams& params, int64_t head, Sums& sums)
       : params_(params),
+        head_dim_(kRows == Rows::kWhole ? kWidth : params.head_dim),
         source_(static_cast<const Element*>(params.x.data) +
                 head / params.heads * params.x.batch_stride +
                 head % params.heads * params.x.head_stride + lane() * kVector),
-        means_(params.means + head * params.capacity * kHeadDim),
-        running_(params.sums + head * kRunningSums),
+        means_(params.means + head * params.capacity * head_dim_),
+        running_(params.sums + head * kRowGroups * head_dim_),
         shared_(sums) {}
 
   __device__ void append(int64_t block) const {
@@ -49,9 +50,10 @@ class BlockAppender {
     const int64_t end = params_.start + params_.length;
     const int old_rows = static_cast<int>(max(params_.start - begin, int64_t{0}));
     const int rows = static_cast<int>(min(end - begin, int64_t{params_.block_size}));
+    const bool has_dims = kRows == Rows::kWhole || lane() * kVector < head_dim_;
     float sum[kVector] = {};
-    float* const mine = running_ + group() * kHeadDim + lane() * kVector;
-    if (old_rows > 0) {
+    float* const mine = running_ + group() * head_dim_ + lane() * kVector;
+    if (old_rows > 0 && has_dims) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         sum[i] = mine[i];
@@ -59,9 +61,10 @@ class BlockAppender {
     }
     const int skipped = max(old_rows - group() + kRowGroups - 1, 0) / kRowGroups;
     const Element* const block_source = source_ + (begin - params_.start) * params_.x.row_stride;
+    const int end_row = has_dims ? rows : 0;
 #pragma unroll 8
-    for (int row = group() + skipped * kRowGroups; row < rows; row += kRowGroups) {
-      const Pack<Element> pack = load<Element, kAligned>(block_source + row * params_.x.row_stride);
+    for (int row = group() + skipped * kRowGroups; row < end_row; row += kRowGroups) {
+      const Pack<Element> pack = load<Element, kRows>(block_source + row * params_.x.row_stride);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         sum[i] += to_float(pack.element[i]);
@@ -72,20 +75,20 @@ class BlockAppender {
     for (int i = 0; i < kVector; ++i) {
       shared_[group()][lane() * kVector + i] = sum[i];
     }
-    if (rows < params_.block_size) {
+    if (rows < params_.block_size && has_dims) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         mine[i] = sum[i];
       }
     }
     __syncthreads();
-    for (int dim = threadIdx.x; dim < kHeadDim; dim += kThreads) {
+    for (int dim = threadIdx.x; dim < head_dim_; dim += kThreads) {
       float total = 0.f;
 #pragma unroll
       for (int g = 0; g < kRowGroups; ++g) {
         total += shared_[g][dim];
       }
-      means_[block * kHeadDim + dim] = total / static_cast<float>(rows);
+      means_[block * head_dim_ + dim] = total / static_cast<float>(rows);
     }
   }
 
@@ -94,16 +97,17 @@ class BlockAppender {
   __device__ static int group() { return static_cast<int>(threadIdx.x) / kRowThreads; }
 
   const AppendMeansParams& params_;
+  const int head_dim_;
   const Element* source_;
   float* means_;
   float* running_;
   Sums& shared_;
 };
 
-template <typename Element, int kHeadDim, bool kAligned>
+template <typename Element, int kWidth, Rows kRows>
 __global__ void __launch_bounds__(kThreads)
     append_means_kernel(const __grid_constant__ AppendMeansParams params) {
-  using Appender = BlockAppender<Element, kHeadDim, kAligned>;
+  using Appender = BlockAppender<Element, kWidth, kRows>;
   __shared__ typename Appender::Sums sums;
   const TokenRange range(params);
   const int64_t ctas = range.head_ctas();
@@ -115,30 +119,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename Element, int kHeadDim>
-cudaError_t launch_as(const AppendMeansParams& params, cudaStream_t stream) {
-  const auto kernel = is_aligned(params.x) ? append_means_kernel<Element, kHeadDim, true>
-                                           : append_means_kernel<Element, kHeadDim, false>;
+template <typename Element>
+cudaError_t launch_element(const AppendMeansParams& params, cudaStream_t stream) {
   const int64_t grid = params.batch * params.heads * TokenRange(params).head_ctas();
-  return launch_kernel(kernel, {grid, kThreads, 0}, stream, params);
+  return launch_rows(params.head_dim, is_aligned(params.x), [&](auto width, auto rows) {
+    const auto kernel = append_means_kernel<Element, decltype(width)::value, decltype(rows)::value>;
+    return launch_kernel(kernel, {grid, kThreads, 0}, stream, params);
+  });
+}
+
+template <typename Element, int kWidth, Rows kRows>
+void describe(std::vector<KernelInfo>& kernels, const std::string& element) {
+  describe_kernel(kernels, "append_means<" + element + ", " + rows_name(kWidth, kRows) + ">",
+                  "one block of tokens", append_means_kernel<Element, kWidth, kRows>, kThreads, 0);
 }
 
 template <typename Element>
-cudaError_t launch_element(const AppendMeansParams& params, cudaStream_t stream) {
-  switch (params.head_dim) {
-    case 64:
-      return launch_as<Element, 64>(params, stream);
-    case 128:
-      return launch_as<Element, 128>(params, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <typename Element, int kHeadDim>
-void describe(std::vector<KernelInfo>& kernels, const std::string& element) {
-  describe_kernel(kernels, "append_means<" + element + ", d" + std::to_string(kHeadDim) + ">",
-                  "one block of tokens", append_means_kernel<Element, kHeadDim, true>, kThreads, 0);
+void describe_widths(std::vector<KernelInfo>& kernels, const std::string& element) {
+  describe<Element, 64, Rows::kWhole>(kernels, element);
+  describe<Element, 64, Rows::kShort>(kernels, element);
+  describe<Element, 128, Rows::kWhole>(kernels, element);
+  describe<Element, 128, Rows::kShort>(kernels, element);
+  describe<Element, 256, Rows::kShort>(kernels, element);
 }
 
 }  // namespace
@@ -152,10 +154,8 @@ cudaError_t launch_append_means(const AppendMeansParams& params, cudaStream_t st
 }
 
 void describe_append_means(std::vector<KernelInfo>& kernels) {
-  describe<__nv_bfloat16, 64>(kernels, "bf16");
-  describe<__nv_bfloat16, 128>(kernels, "bf16");
-  describe<__half, 64>(kernels, "fp16");
-  describe<__half, 128>(kernels, "fp16");
+  describe_widths<__nv_bfloat16>(kernels, "bf16");
+  describe_widths<__half>(kernels, "fp16");
 }
 
 }  // namespace prism

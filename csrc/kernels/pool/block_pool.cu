@@ -14,7 +14,9 @@ namespace {
 constexpr int kThreads = 32 * kEmitWarps;
 
 // CTAs of a multiprocessor. With eight loads a thread in flight, 6 cover its bandwidth.
-constexpr int min_ctas(bool estimate, bool ragged) { return ragged ? 5 : estimate ? 6 : 8; }
+constexpr int min_ctas(Rows rows, bool estimate, bool ragged) {
+  return ragged ? (rows == Rows::kUnaligned ? 4 : 5) : estimate ? 6 : 8;
+}
 
 // The tokens of a head; a CTA takes `chunk` consecutive blocks of them.
 struct PoolShape {
@@ -43,6 +45,7 @@ struct PoolTask {
 
 struct PoolArguments {
   PoolTask tasks[2];
+  int head_dim;
   int64_t first_grid;         // CTAs of tasks[0]; the rest belong to tasks[1]
   SelectBlocksParams select;  // what kEstimate fills the workspace of
 };
@@ -70,14 +73,17 @@ __device__ PoolSource find_source(const PoolArguments& arguments, const PoolTask
   }
 }
 
-// kHeadDim / 8 threads span a row, the others take rows in parallel. Their partial sums meet in
+// kWidth / 8 threads span a row, the others take rows in parallel. Their partial sums meet in
 // shared memory, where the warps finish blocks in turn while the others load the next block.
-template <typename Element, int kHeadDim, bool kAligned, bool kEstimate, bool kRagged>
-__global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
+template <typename Element, int kWidth, Rows kRows, bool kEstimate, bool kRagged>
+__global__ void __launch_bounds__(kThreads, min_ctas(kRows, kEstimate, kRagged))
     block_pool_kernel(const __grid_constant__ PoolArguments arguments) {
-  constexpr int kRowThreads = kHeadDim / kVector;
+  constexpr int kRowThreads = kWidth / kVector;
   constexpr int kRowGroups = kThreads / kRowThreads;
-  __shared__ float4 partial[2][kRowGroups][kHeadDim / 4];
+  // As many loads in flight as a thread has rows in the smallest block, up to eight.
+  constexpr int kLoads = kWidth < 128 ? kWidth / 16 : 8;
+  constexpr int kQuads = sizeof(LaneMean<kWidth>) / sizeof(float4);
+  __shared__ float4 partial[2][kRowGroups][kWidth / 4];
 
   let_consumer_start();
   const bool second = blockIdx.x >= arguments.first_grid;
@@ -98,7 +104,9 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
   const int lane = threadIdx.x % kRowThreads;
   const int group = threadIdx.x / kRowThreads;
   const int warp = threadIdx.x / 32;
-  const int dim = static_cast<int>(threadIdx.x % 32) * 4;  // of the mean that this lane finishes
+  const int warp_lane = threadIdx.x % 32;
+  const int head_dim = kRows == Rows::kWhole ? kWidth : arguments.head_dim;
+  const bool has_dims = kRows == Rows::kWhole || lane * kVector < head_dim;
   const Element* source = static_cast<const Element*>(task.x.data) + from.offset +
                           head % task.heads * task.x.head_stride + lane * kVector;
   EnergySums energies;
@@ -108,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
     const int rows = static_cast<int>(min(shape.length - first_row, int64_t{task.block_size}));
     float sum[kVector] = {};
     const auto add_rows = [&](auto address_of) {
-    // As many loads in flight as a thread has rows in the smallest block.
-#pragma unroll kHeadDim / 16
-      for (int row = group; row < rows; row += kRowGroups) {
-        const Pack<Element> pack = load<Element, kAligned>(address_of(row));
+      const int end_row = has_dims ? rows : 0;
+#pragma unroll kLoads
+      for (int row = group; row < end_row; row += kRowGroups) {
+        const Pack<Element> pack = load<Element, kRows>(address_of(row));
 #pragma unroll
         for (int i = 0; i < kVector; ++i) {
           sum[i] += to_float(pack.element[i]);
@@ -136,27 +144,37 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
     __syncthreads();
     // The buffer is filled again two blocks on, behind a barrier that this warp reaches later.
     if (warp == (block - first_block) % kEmitWarps) {
-      float4 mean = {0.f, 0.f, 0.f, 0.f};
-      if (dim < kHeadDim) {
+      LaneMean<kWidth> means = {};
 #pragma unroll
-        for (int i = 0; i < kRowGroups; ++i) {
-          const float4 part = partial[buffer][i][dim / 4];
-          mean = {mean.x + part.x, mean.y + part.y, mean.z + part.z, mean.w + part.w};
-        }
-        const float count = static_cast<float>(rows);
-        mean = {mean.x / count, mean.y / count, mean.z / count, mean.w / count};
-        if (task.means != nullptr) {
-          *reinterpret_cast<float4*>(task.means + (head * task.shape.blocks + block) * kHeadDim +
-                                     dim) = mean;
+      for (int quad = 0; quad < kQuads; ++quad) {
+        const int dim = first_dim(quad, warp_lane);
+        if (dim < kWidth) {
+          float4 mean = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+          for (int i = 0; i < kRowGroups; ++i) {
+            const float4 part = partial[buffer][i][dim / 4];
+            mean = {mean.x + part.x, mean.y + part.y, mean.z + part.z, mean.w + part.w};
+          }
+          const float count = static_cast<float>(rows);
+          mean = {mean.x / count, mean.y / count, mean.z / count, mean.w / count};
+          if (task.means != nullptr && dim < head_dim) {
+            *reinterpret_cast<float4*>(task.means + (head * task.shape.blocks + block) * head_dim +
+                                       dim) = mean;
+          }
+          means[quad] = mean;
         }
       }
       if constexpr (kEstimate) {
         if (task.is_key) {
-          write_key_tile<kHeadDim>(SelectWorkspace(arguments.select), head, block, mean, dim / 4);
+          write_key_tile<kWidth>(SelectWorkspace(arguments.select), head, block, means, warp_lane);
         }
-        if (dim < kHeadDim) {
-          energies.add(mean, band_nibble(arguments.select.high, dim),
-                       band_nibble(arguments.select.low, dim));
+#pragma unroll
+        for (int quad = 0; quad < kQuads; ++quad) {
+          const int dim = first_dim(quad, warp_lane);
+          if (dim < kWidth) {
+            energies.add(means[quad], band_nibble(arguments.select.high, dim),
+                         band_nibble(arguments.select.low, dim));
+          }
         }
       }
     }
@@ -169,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
     energies.store(workspace.head_energies(energy_head), static_cast<int>(chunk),
                    static_cast<int>(shape.chunks));
     if (task.is_key && chunk + 1 == shape.chunks && warp == 0) {
-      pad_key_tiles<kHeadDim>(workspace, head, shape.blocks, dim / 4);
+      pad_key_tiles<kWidth>(workspace, head, shape.blocks, warp_lane);
     }
   }
 }
@@ -177,6 +195,7 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kEstimate, kRagged))
 template <bool kEstimate, bool kRagged>
 cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType dtype,
                    cudaStream_t stream) {
+  arguments.head_dim = head_dim;
   const PoolTask& first = arguments.tasks[0];
   const PoolTask& second = arguments.tasks[1];
   arguments.first_grid = batch * first.heads * first.ctas;
@@ -186,35 +205,34 @@ cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType d
   }
   const bool aligned = is_aligned(first.x) && is_aligned(second.x);
   const LaunchShape shape{grid, kThreads, 0};
-  const auto launch_as = [&](auto element, auto dim) {
-    using Element = decltype(element);
-    constexpr int kHeadDim = decltype(dim)::value;
-    const auto kernel = aligned ? block_pool_kernel<Element, kHeadDim, true, kEstimate, kRagged>
-                                : block_pool_kernel<Element, kHeadDim, false, kEstimate, kRagged>;
-    return launch_kernel(kernel, shape, stream, arguments);
+  const auto launch_as = [&](auto element) {
+    return launch_rows(head_dim, aligned, [&](auto width, auto rows) {
+      const auto kernel = block_pool_kernel<decltype(element), decltype(width)::value,
+                                            decltype(rows)::value, kEstimate, kRagged>;
+      return launch_kernel(kernel, shape, stream, arguments);
+    });
   };
-  const auto launch_head_dim = [&](auto element) {
-    switch (head_dim) {
-      case 64:
-        return launch_as(element, std::integral_constant<int, 64>());
-      case 128:
-        return launch_as(element, std::integral_constant<int, 128>());
-      default:
-        return cudaErrorInvalidValue;
-    }
-  };
-  return dtype == DType::kFloat16 ? launch_head_dim(__half()) : launch_head_dim(__nv_bfloat16());
+  return dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kWidth, Rows kRows>
 void describe(std::vector<KernelInfo>& kernels, const std::string& element) {
-  const std::string suffix = element + ", d" + std::to_string(kHeadDim) + ">";
+  const std::string suffix = element + ", " + rows_name(kWidth, kRows) + ">";
   describe_kernel(kernels, "block_pool<" + suffix, "one block of tokens",
-                  block_pool_kernel<Element, kHeadDim, true, false, false>, kThreads, 0);
+                  block_pool_kernel<Element, kWidth, kRows, false, false>, kThreads, 0);
   describe_kernel(kernels, "estimate_pool<" + suffix, "a chunk of blocks of q or k",
-                  block_pool_kernel<Element, kHeadDim, true, true, false>, kThreads, 0);
+                  block_pool_kernel<Element, kWidth, kRows, true, false>, kThreads, 0);
   describe_kernel(kernels, "estimate_pool_ragged<" + suffix, "a chunk of blocks of q or k",
-                  block_pool_kernel<Element, kHeadDim, true, true, true>, kThreads, 0);
+                  block_pool_kernel<Element, kWidth, kRows, true, true>, kThreads, 0);
+}
+
+template <typename Element>
+void describe_widths(std::vector<KernelInfo>& kernels, const std::string& element) {
+  describe<Element, 64, Rows::kWhole>(kernels, element);
+  describe<Element, 64, Rows::kShort>(kernels, element);
+  describe<Element, 128, Rows::kWhole>(kernels, element);
+  describe<Element, 128, Rows::kShort>(kernels, element);
+  describe<Element, 256, Rows::kShort>(kernels, element);
 }
 
 }  // namespace
@@ -252,10 +270,8 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
 }
 
 void describe_block_pool(std::vector<KernelInfo>& kernels) {
-  describe<__nv_bfloat16, 64>(kernels, "bf16");
-  describe<__nv_bfloat16, 128>(kernels, "bf16");
-  describe<__half, 64>(kernels, "fp16");
-  describe<__half, 128>(kernels, "fp16");
+  describe_widths<__nv_bfloat16>(kernels, "bf16");
+  describe_widths<__half>(kernels, "fp16");
 }
 
 }  // namespace prism

@@ -51,20 +51,39 @@ __device__ inline uint32_t band_nibble(const Band& band, int dim) {
   return static_cast<uint32_t>(band.dims[dim / 64] >> (dim % 64)) & 15u;
 }
 
-// Writes key block `block` of kv head `head` (over the batch). Lane i holds dimensions 4 i to
-// 4 i + 3 of the mean, 0 where there are none. The block after the last pads with zeros.
-template <int kHeadDim>
+// A mean of kWidth dimensions over a warp: element i of a lane's holds four dimensions from
+// first_dim(i, lane) on, 0 where there are none.
+template <int kWidth>
+using LaneMean = float4[kWidth <= 128 ? 1 : kWidth / 128];
+
+__device__ inline int first_dim(int i, int lane) { return (i * 32 + lane) * 4; }
+
+// Writes key block `block` of kv head `head` (over the batch). The block after the last pads with
+// zeros.
+template <int kWidth>
 __device__ void write_key_tile(const SelectWorkspace& workspace, int64_t head, int64_t block,
-                               float4 mean, int lane) {
-  constexpr int kSlices = kHeadDim / kDimSlice;
-  const float4 x = finite_or_zero(mean);
-  const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(largest_magnitude(x)));
+                               const LaneMean<kWidth>& mean, int lane) {
+  constexpr int kSlices = kWidth / kDimSlice;
+  constexpr int kQuads = sizeof(mean) / sizeof(float4);
+  float4 finite[kQuads];
+  float lane_largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    finite[i] = finite_or_zero(mean[i]);
+    lane_largest = fmaxf(lane_largest, largest_magnitude(finite[i]));
+  }
+  const uint32_t largest = __reduce_max_sync(0xffffffffu, __float_as_uint(lane_largest));
   const HalfScale factor(__uint_as_float(largest));
-  if (lane < kHeadDim / 4) {
-    const int64_t tile = (head * workspace.padded_keys + block) / kKeyTile;
-    workspace.key_tiles[(tile * kSlices + lane / 4) * 32 + (block % kKeyTile) * 4 + lane % 4] =
-        split_halves(
-            {x.x * factor.scale, x.y * factor.scale, x.z * factor.scale, x.w * factor.scale});
+  const int64_t tile = (head * workspace.padded_keys + block) / kKeyTile;
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) {
+    const int quad = first_dim(i, lane) / 4;
+    if (quad < kWidth / 4) {
+      const float4 x = finite[i];
+      workspace.key_tiles[(tile * kSlices + quad / 4) * 32 + (block % kKeyTile) * 4 + quad % 4] =
+          split_halves(
+              {x.x * factor.scale, x.y * factor.scale, x.z * factor.scale, x.w * factor.scale});
+    }
   }
   if (lane == 0) {
     workspace.key_scales[head * workspace.padded_keys + block] = factor.inverse;
@@ -72,11 +91,12 @@ __device__ void write_key_tile(const SelectWorkspace& workspace, int64_t head, i
 }
 
 // Fills the last mask word of a head that has `blocks` key blocks.
-template <int kHeadDim>
+template <int kWidth>
 __device__ void pad_key_tiles(const SelectWorkspace& workspace, int64_t head, int64_t blocks,
                               int lane) {
+  const LaneMean<kWidth> zero = {};
   for (int64_t block = blocks; block % kKeyPadding != 0; ++block) {
-    write_key_tile<kHeadDim>(workspace, head, block, float4{0.f, 0.f, 0.f, 0.f}, lane);
+    write_key_tile<kWidth>(workspace, head, block, zero, lane);
   }
 }
 

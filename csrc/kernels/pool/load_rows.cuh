@@ -1,16 +1,24 @@
-// How pooling reads rows of tokens: 16 bytes a thread.
+// How pooling reads rows of tokens: 16 bytes a thread, kWidth / 8 threads a row.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "kernels/params.h"
 
 namespace prism {
 
 constexpr int kVector = 8;  // elements a thread owns: 16 bytes
+
+enum class Rows {
+  kWhole,      // kWidth elements, from a 16 byte boundary on
+  kShort,      // up to kWidth elements, from a 16 byte boundary on
+  kUnaligned,  // up to kWidth elements
+};
 
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -21,11 +29,10 @@ union Pack {
   Element element[kVector];
 };
 
-// kAligned: every row starts on 16 bytes, so one load fetches a thread's elements.
-template <typename Element, bool kAligned>
+template <typename Element, Rows kRows>
 __device__ Pack<Element> load(const Element* source) {
   Pack<Element> pack;
-  if constexpr (kAligned) {
+  if constexpr (kRows != Rows::kUnaligned) {
     pack.raw = __ldg(reinterpret_cast<const uint4*>(source));
   } else {
 #pragma unroll
@@ -39,6 +46,35 @@ __device__ Pack<Element> load(const Element* source) {
 inline bool is_aligned(const TensorView& x) {
   const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
   return strides % kVector == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+// For introspection.
+inline std::string rows_name(int width, Rows rows) {
+  return (rows == Rows::kWhole ? "d" : "d up to ") + std::to_string(width);
+}
+
+// Calls `launch` with the width and the Rows that fit, as integral constants. There is no kWhole of
+// 256: what it would save over kShort is a comparison a block.
+template <typename Launch>
+cudaError_t launch_rows(int head_dim, bool aligned, Launch launch) {
+  const auto launch_width = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    if constexpr (kWidth < kMaxHeadDim) {
+      if (aligned && head_dim == kWidth) {
+        return launch(width, std::integral_constant<Rows, Rows::kWhole>());
+      }
+    }
+    return aligned ? launch(width, std::integral_constant<Rows, Rows::kShort>())
+                   : launch(width, std::integral_constant<Rows, Rows::kUnaligned>());
+  };
+  switch (estimation_width(head_dim)) {
+    case 64:
+      return launch_width(std::integral_constant<int, 64>());
+    case 128:
+      return launch_width(std::integral_constant<int, 128>());
+    default:
+      return launch_width(std::integral_constant<int, 256>());
+  }
 }
 
 }  // namespace prism

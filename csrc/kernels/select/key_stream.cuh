@@ -38,10 +38,11 @@ __device__ inline int thread_anew() {
 }
 
 // Slices of 16 dimensions that hold any of the band's.
+template <int kHeadDim>
 __device__ inline uint32_t band_slices(const Band& band) {
   uint32_t slices = 0;
 #pragma unroll
-  for (int slice = 0; slice < kMaxHeadDim / kDimSlice; ++slice) {
+  for (int slice = 0; slice < kHeadDim / kDimSlice; ++slice) {
     const uint64_t dims = band.dims[slice / 4] >> (slice % 4 * 16);
     slices |= (dims & 0xffff) != 0 ? 1u << slice : 0u;
   }

@@ -22,9 +22,12 @@ using NarrowRows = ShortRowsShape<kHeadDim, 1, 8, kMaxShortWords>;
 template <int kHeadDim>
 using WideRows = ShortRowsShape<kHeadDim, 2, 16, kMaxShortWords>;
 constexpr int64_t kWideFrom = 513;  // key blocks
-// Longer rows: 64 at a time, or 16 where a launch has too few of them for all multiprocessors.
 template <int kHeadDim>
-using ManyLongRows = LongRowsShape<kHeadDim, 4, 16>;
+constexpr bool kHasWide = kHeadDim <= 128;  // else no room is left for the scores of 1,024 keys
+// Longer rows: 64 at a time (32 of 256 dimensions), or 16 where a launch has too few of them for
+// all multiprocessors.
+template <int kHeadDim>
+using ManyLongRows = LongRowsShape<kHeadDim, kHeadDim <= 128 ? 4 : 2, 16>;
 template <int kHeadDim>
 using FewLongRows = LongRowsShape<kHeadDim, 1, 16>;
 
@@ -112,7 +115,7 @@ cudaError_t plan_select(const SelectBlocksParams& params, SelectPlan* plan) {
   };
   if (is_short(ShortestRows<kHeadDim>())) {
     *plan = {SelectKernel::kShortest, 0, 0};
-  } else if (params.k_blocks >= kWideFrom && is_short(WideRows<kHeadDim>())) {
+  } else if (kHasWide<kHeadDim> && params.k_blocks >= kWideFrom && is_short(WideRows<kHeadDim>())) {
     *plan = {SelectKernel::kWide, 0, 0};
   } else if (is_short(NarrowRows<kHeadDim>())) {
     *plan = {SelectKernel::kNarrow, 0, 0};
@@ -148,7 +151,10 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
     case SelectKernel::kNarrow:
       return launch_short_rows<NarrowRows<kHeadDim>>(params, overlaps, stream);
     case SelectKernel::kWide:
-      return launch_short_rows<WideRows<kHeadDim>>(params, overlaps, stream);
+      if constexpr (kHasWide<kHeadDim>) {
+        return launch_short_rows<WideRows<kHeadDim>>(params, overlaps, stream);
+      }
+      break;
     case SelectKernel::kFewLong:
       return launch_long_rows<FewLongRows<kHeadDim>>(params, plan.ctas, overlaps, stream);
     case SelectKernel::kManyLong:
@@ -159,7 +165,7 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
 
 template <int kHeadDim>
 void describe_select(std::vector<KernelInfo>& kernels) {
-  const std::string head_dim = "d" + std::to_string(kHeadDim);
+  const std::string head_dim = "d up to " + std::to_string(kHeadDim);
   const auto add = [&](const char* name, auto kernel, int rows, int threads, int smem,
                        const std::string& length) {
     describe_kernel(
@@ -179,7 +185,9 @@ void describe_select(std::vector<KernelInfo>& kernels) {
   };
   add_short(ShortestRows<kHeadDim>());
   add_short(NarrowRows<kHeadDim>());
-  add_short(WideRows<kHeadDim>());
+  if constexpr (kHasWide<kHeadDim>) {
+    add_short(WideRows<kHeadDim>());
+  }
   add_long(FewLongRows<kHeadDim>());
   add_long(ManyLongRows<kHeadDim>());
 }

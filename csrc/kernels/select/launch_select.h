@@ -1,4 +1,5 @@
-// One head_dim's selection kernels; instantiations/ compiles them in parallel.
+// Selection kernels of one width, for heads of up to as many dimensions; instantiations/ compiles
+// them in parallel.
 #pragma once
 
 #include <cuda_runtime_api.h>

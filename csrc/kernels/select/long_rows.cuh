@@ -73,7 +73,7 @@ class LongRows {
 
   __device__ float* scores(int row) const {
     const SelectWorkspace workspace(params_);
-    return workspace.strips +
+    return workspace.strips(Shape::kHeadDim) +
            (static_cast<int64_t>(blockIdx.x) * Shape::kRows + row) * workspace.padded_keys;
   }
 

@@ -17,7 +17,7 @@ __device__ float4 load_mean(const float* source) {
 }
 
 // A CTA takes one energy chunk of one head, its warps the blocks in turn.
-template <int kHeadDim>
+template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     prepare_means_kernel(const __grid_constant__ SelectBlocksParams params) {
   const EnergyChunks q_chunks(params.q_blocks);
@@ -38,27 +38,31 @@ __global__ void __launch_bounds__(kThreads)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const float* source = static_cast<const float*>(means.data) + head / heads * means.batch_stride +
-                        head % heads * means.head_stride + lane * 4;
+                        head % heads * means.head_stride;
   const SelectWorkspace workspace(params);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *workspace.tile_counter = 0;
   }
   EnergySums energies;
   for (int64_t block = first_block + warp; block < end_block; block += kEmitWarps) {
-    float4 mean = {0.f, 0.f, 0.f, 0.f};
-    if (lane < kHeadDim / 4) {
-      mean = load_mean(source + block * means.row_stride);
-      energies.add(mean, band_nibble(params.high, lane * 4), band_nibble(params.low, lane * 4));
+    LaneMean<kWidth> mean = {};
+#pragma unroll
+    for (int quad = 0; quad < static_cast<int>(sizeof(mean) / sizeof(float4)); ++quad) {
+      const int dim = first_dim(quad, lane);
+      if (dim < params.head_dim) {
+        mean[quad] = load_mean(source + block * means.row_stride + dim);
+        energies.add(mean[quad], band_nibble(params.high, dim), band_nibble(params.low, dim));
+      }
     }
     if (is_key) {
-      write_key_tile<kHeadDim>(workspace, head, block, mean, lane);
+      write_key_tile<kWidth>(workspace, head, block, mean, lane);
     }
   }
   const int64_t energy_head = head / heads * (params.q_heads + params.kv_heads) + head % heads +
                               (is_key ? params.q_heads : 0);
   energies.store(workspace.head_energies(energy_head), chunk, chunks.count);
   if (is_key && chunk + 1 == chunks.count && warp == 0) {
-    pad_key_tiles<kHeadDim>(workspace, head, blocks, lane);
+    pad_key_tiles<kWidth>(workspace, head, blocks, lane);
   }
 }
 
@@ -71,21 +75,24 @@ cudaError_t launch_prepare_means(const SelectBlocksParams& params, cudaStream_t 
   if (grid == 0) {
     return cudaSuccess;
   }
-  switch (params.head_dim) {
+  const LaunchShape shape{grid, kThreads, 0};
+  switch (estimation_width(params.head_dim)) {
     case 64:
-      return launch_kernel(prepare_means_kernel<64>, {grid, kThreads, 0}, stream, params);
+      return launch_kernel(prepare_means_kernel<64>, shape, stream, params);
     case 128:
-      return launch_kernel(prepare_means_kernel<128>, {grid, kThreads, 0}, stream, params);
+      return launch_kernel(prepare_means_kernel<128>, shape, stream, params);
     default:
-      return cudaErrorInvalidValue;
+      return launch_kernel(prepare_means_kernel<256>, shape, stream, params);
   }
 }
 
 void describe_prepare_means(std::vector<KernelInfo>& kernels) {
-  describe_kernel(kernels, "prepare_means<d64>", "a chunk of means", prepare_means_kernel<64>,
-                  kThreads, 0);
-  describe_kernel(kernels, "prepare_means<d128>", "a chunk of means", prepare_means_kernel<128>,
-                  kThreads, 0);
+  const auto describe = [&](const char* name, auto kernel) {
+    describe_kernel(kernels, name, "a chunk of means", kernel, kThreads, 0);
+  };
+  describe("prepare_means<d up to 64>", prepare_means_kernel<64>);
+  describe("prepare_means<d up to 128>", prepare_means_kernel<128>);
+  describe("prepare_means<d up to 256>", prepare_means_kernel<256>);
 }
 
 }  // namespace prism

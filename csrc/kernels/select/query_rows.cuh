@@ -48,7 +48,7 @@ struct RowTile {
             scored ? (row_range(params, lengths, last_block).visible + 31) / 32 : 0,
             workspace.key_tiles +
                 kv_head * (workspace.padded_keys / kKeyTile) * (kHeadDim / kDimSlice * 32),
-            {band_slices(params.high), band_slices(params.low)},
+            {band_slices<kHeadDim>(params.high), band_slices<kHeadDim>(params.low)},
             lengths};
   }
 

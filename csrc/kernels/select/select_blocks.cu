@@ -8,13 +8,13 @@
 namespace prism {
 
 cudaError_t select_workspace_bytes(const SelectBlocksParams& params, int64_t* bytes) {
-  switch (params.head_dim) {
+  switch (estimation_width(params.head_dim)) {
     case 64:
       return select_bytes<64>(params, bytes);
     case 128:
       return select_bytes<128>(params, bytes);
     default:
-      return cudaErrorInvalidValue;
+      return select_bytes<256>(params, bytes);
   }
 }
 
@@ -28,19 +28,20 @@ cudaError_t launch_select_blocks(const SelectBlocksParams& params, int sm, cudaS
   if (params.q_heads / params.kv_heads * params.q_blocks > INT32_MAX) {
     return cudaErrorInvalidConfiguration;
   }
-  switch (params.head_dim) {
+  switch (estimation_width(params.head_dim)) {
     case 64:
       return launch_select<64>(params, sm, stream);
     case 128:
       return launch_select<128>(params, sm, stream);
     default:
-      return cudaErrorInvalidValue;
+      return launch_select<256>(params, sm, stream);
   }
 }
 
 void describe_select_blocks(std::vector<KernelInfo>& kernels) {
   describe_select<64>(kernels);
   describe_select<128>(kernels);
+  describe_select<256>(kernels);
 }
 
 }  // namespace prism

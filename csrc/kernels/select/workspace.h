@@ -36,32 +36,36 @@ struct SelectWorkspace {
   float* energies;
   // (batch, kv_heads, padded_keys): what the tile of a key block has to be multiplied by.
   float* key_scales;
-  // (batch, kv_heads, padded_keys / 8, head_dim / 16, 32): lane 4 j + t of a tile's slice holds
-  // dimensions 4 t to 4 t + 3 of key block j, scaled by a power of two and split into the float16
-  // nearest and the float16 of the rest: {high 01, high 23, low 01, low 23}.
+  // (batch, kv_heads, padded_keys / 8, estimation_width / 16, 32): lane 4 j + t of a tile's slice
+  // holds dimensions 4 t to 4 t + 3 of key block j, scaled by a power of two and split into the
+  // float16 nearest and the float16 of the rest: {high 01, high 23, low 01, low 23}.
   uint4* key_tiles;
-  // (CTAs of long rows, rows of a tile, padded_keys); none where rows are short.
-  float* strips;
   int64_t padded_keys;
+  int64_t all_keys;  // (batch, kv_heads, padded_keys)
 
   __host__ __device__ explicit SelectWorkspace(const SelectBlocksParams& params)
-      : padded_keys((params.k_blocks + kKeyPadding - 1) / kKeyPadding * kKeyPadding) {
+      : padded_keys((params.k_blocks + kKeyPadding - 1) / kKeyPadding * kKeyPadding),
+        all_keys(params.batch * params.kv_heads * padded_keys) {
     const int64_t heads = params.batch * (params.q_heads + params.kv_heads);
     constexpr int kLine = 128;  // what follows starts on lines of this many bytes
     tile_counter = static_cast<int*>(params.workspace);
     energies = static_cast<float*>(params.workspace) + kLine / sizeof(float);
     key_scales = energies + heads * kBandEnergies * kMaxEnergyChunks;
-    const int64_t keys = params.batch * params.kv_heads * padded_keys;
-    key_tiles = reinterpret_cast<uint4*>(key_scales + keys);
-    strips = key_scales + keys * (1 + params.head_dim);
+    key_tiles = reinterpret_cast<uint4*>(key_scales + all_keys);
   }
 
   static int64_t bytes(const SelectBlocksParams& params, int64_t strip_rows) {
     SelectBlocksParams at_zero = params;
     at_zero.workspace = nullptr;
     const SelectWorkspace layout(at_zero);
-    return reinterpret_cast<intptr_t>(layout.strips) +
+    return reinterpret_cast<intptr_t>(layout.strips(estimation_width(params.head_dim))) +
            strip_rows * layout.padded_keys * int64_t{sizeof(float)};
+  }
+
+  // (CTAs of long rows, rows of a tile, padded_keys); none where rows are short. Kernels know their
+  // width, estimation_width(head_dim), and have no registers to compute it.
+  __host__ __device__ float* strips(int64_t width) const {
+    return key_scales + all_keys * (1 + width);
   }
 
   __host__ __device__ float* head_energies(int64_t head) const {

@@ -201,8 +201,8 @@ def test_every_code_is_exact(
     ends = torch.arange(count + 1, dtype=torch.int32, device=device)
     ones = torch.ones(count, 2, 1, 1, dtype=torch.int32, device=device)
     out, lse = torch.ops.prism.sparse_attention_varlen(
-        q, codes[:, None], codes[:, None], ones, ones[..., 0], ends, ends, None, None, 1, 1, scale=1.0,
-        q_block_size=blocks[0], k_block_size=blocks[1],
+        q, codes[:, None], codes[:, None], ones, ones[..., 0], ends, ends, None, None, 1, 1,
+        scale=1.0, q_block_size=blocks[0], k_block_size=blocks[1],
     )  # fmt: skip
     assert torch.equal(out.float(), codes.float()[:, None].expand(-1, 2, -1))
     scores = (q.double() * codes.double()[:, None]).sum(-1).T

@@ -169,12 +169,15 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of ``mask`` only.
 
     Args:
-        q, k, v, scale, return_lse: as in :func:`prefill`.
+        q, k, v, scale, return_lse: as in :func:`prefill`, with D any multiple of 8 up to 256; k and
+            v may also both be float8_e4m3fn.
         mask: made for q's and k's lengths, on their device.
         causal: the mask's own setting if None.
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
@@ -182,6 +185,8 @@ def sparse_attention(
         softcap: scaled scores become softcap * tanh(score / softcap).
         window_left: a row sees only so many keys before its own position. It and softcap run on the
             portable kernel, on Hopper too.
+        k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
+            by, finite and above 0; None: 1. Only for fp8.
 
     Returns:
         out like q, or (out, lse).
@@ -212,6 +217,8 @@ def sparse_attention(
         sinks,
         softcap,
         window_left,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 

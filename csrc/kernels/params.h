@@ -115,10 +115,10 @@ struct SelectBlocksParams {
 // ragged batch, q and k are laid out as for attention.
 struct EstimatePoolParams {
   TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), k_dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype or e4m3
   SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
   DType dtype;
-  DType k_dtype;                   // dtype, or kFloat8E4M3
+  bool k_is_fp8 = false;           // k is float8 e4m3
   const float* k_scale = nullptr;  // (kv_heads): what k's means are multiplied by; null: 1
 };
 

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> estimate_blocks_cuda(const Tensor& q, const Tensor& k
   params.k = view(k);
   params.select = selection.params;
   params.dtype = kernel_dtype(q);
-  params.k_dtype = kernel_dtype(k);
+  params.k_is_fp8 = is_fp8(k);
   params.k_scale = k_scale ? static_cast<const float*>(k_scale->data_ptr()) : nullptr;
   context.check(launch_estimate_pool(params, context.stream()));
   context.check(launch_select_blocks(selection.params, context.sm(), context.stream()));

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen_cuda(const Tensor& q, const Te
   params.k = ragged_view(k);
   params.select = selection.params;
   params.dtype = kernel_dtype(q);
-  params.k_dtype = kernel_dtype(k);
+  params.k_is_fp8 = is_fp8(k);
   params.k_scale = k_scale ? static_cast<const float*>(k_scale->data_ptr()) : nullptr;
   context.check(launch_estimate_pool(params, context.stream()));
   context.check(launch_select_blocks(selection.params, context.sm(), context.stream()));

@@ -280,7 +280,7 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
     return ragged ? launch<true, true>(arguments, select.batch, select.head_dim, dtype, stream)
                   : launch<true, false>(arguments, select.batch, select.head_dim, dtype, stream);
   };
-  if (params.k_dtype == params.dtype) {
+  if (!params.k_is_fp8) {
     return launch_tasks(arguments, params.dtype);
   }
   // Of two dtypes, each in a launch of its own.
@@ -292,7 +292,7 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
   }
   arguments.tasks[0] = {};
   arguments.tasks[1] = keys;
-  return launch_tasks(arguments, params.k_dtype);
+  return launch_tasks(arguments, DType::kFloat8E4M3);
 }
 
 void describe_block_pool(std::vector<KernelInfo>& kernels) {

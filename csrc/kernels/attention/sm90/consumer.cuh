@@ -150,8 +150,8 @@ struct Consumer {
     auto rO_rows = make_tensor(rO.data(), wgmma_rows_and_columns(rO.layout()));
     auto rS = partition_fragment_C(mma_qk, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
     auto rS_rows = make_tensor(rS.data(), wgmma_rows_and_columns(rS.layout()));
-    // Two sets of probabilities: P V reads one while the softmax writes the other. Only the first is
-    // used if they do not overlap.
+    // Two sets of probabilities: P V reads one while the softmax writes the other. Only the first
+    // is used if they do not overlap.
     auto rP0 = make_fragment_like<Element>(rS);
     auto rP1 = make_fragment_like<Element>(rS);
     float correction[kRows];

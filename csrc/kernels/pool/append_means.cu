@@ -90,7 +90,7 @@ class BlockAppender {
         total += shared_[g][dim];
       }
       const float mean = total / static_cast<float>(rows);
-      if constexpr (std::is_same_v<Element, Fp8>) {
+      if constexpr (std::is_same_v<Element, Fp8Code>) {
         means_[block * head_dim_ + dim] = mean * mean_scale(params_.scale, head_);
       } else {
         means_[block * head_dim_ + dim] = mean;
@@ -162,14 +162,14 @@ cudaError_t launch_append_means(const AppendMeansParams& params, cudaStream_t st
     case DType::kBFloat16:
       return launch_element<__nv_bfloat16>(params, stream);
     default:
-      return launch_element<Fp8>(params, stream);
+      return launch_element<Fp8Code>(params, stream);
   }
 }
 
 void describe_append_means(std::vector<KernelInfo>& kernels) {
   describe_widths<__nv_bfloat16>(kernels, "bf16");
   describe_widths<__half>(kernels, "fp16");
-  describe_widths<Fp8>(kernels, "fp8");
+  describe_widths<Fp8Code>(kernels, "fp8");
 }
 
 }  // namespace prism

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kRows, kEstimate, kRagged))
           }
           const float count = static_cast<float>(rows);
           mean = {mean.x / count, mean.y / count, mean.z / count, mean.w / count};
-          if constexpr (std::is_same_v<Element, Fp8>) {
+          if constexpr (std::is_same_v<Element, Fp8Code>) {
             const float scale = mean_scale(task.scale, head % task.heads);
             mean = {mean.x * scale, mean.y * scale, mean.z * scale, mean.w * scale};
           }
@@ -223,7 +223,7 @@ cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType d
     case DType::kBFloat16:
       return launch_as(__nv_bfloat16());
     default:
-      return launch_as(Fp8());
+      return launch_as(Fp8Code());
   }
 }
 
@@ -298,7 +298,7 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
 void describe_block_pool(std::vector<KernelInfo>& kernels) {
   describe_widths<__nv_bfloat16>(kernels, "bf16");
   describe_widths<__half>(kernels, "fp16");
-  describe_widths<Fp8>(kernels, "fp8");
+  describe_widths<Fp8Code>(kernels, "fp8");
 }
 
 }  // namespace prism

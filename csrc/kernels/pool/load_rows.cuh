@@ -25,11 +25,11 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 
 // float8 e4m3. As in attention/fp8.cuh: sign and magnitude in their places in a float, which is
 // then 2^(127 - 7) too small.
-struct Fp8 {
+struct Fp8Code {
   int8_t code;
 };
 
-__device__ inline float to_float(Fp8 x) {
+__device__ inline float to_float(Fp8Code x) {
   const uint32_t placed = static_cast<uint32_t>(int{x.code}) << 20 & 0x87f00000u;
   return __uint_as_float(placed) * 0x1p120f;
 }

@@ -31,9 +31,13 @@ class Accuracy:
     plain_error: float
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, softcap: float | None = None
+) -> Tensor:
     """Softmax in float32 or better, all else in the dtype of q, k and v."""
     scores = (q @ k.T) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)).masked_fill(hidden, -math.inf)
     return scores.softmax(-1).to(q.dtype) @ v
 
@@ -51,13 +55,16 @@ def sample(x: Inputs, sparsity: BlockSparsity) -> list[Sample]:
             rows = slice(block * QUERY_BLOCK, min((block + 1) * QUERY_BLOCK, sparsity.length))
             kept = token[mask[block].repeat_interleave(sparsity.k_block)[: sparsity.length]]
             hidden = (kept > token[rows, None]) & sparsity.causal
+            if sparsity.window is not None:
+                hidden |= kept < token[rows, None] - sparsity.window
             q, k, v = (
                 x.q[0, head, rows],
                 x.k[0, head // group].index_select(0, kept),
                 x.v[0, head // group].index_select(0, kept),
             )
-            want = _attend(q.double(), k.double(), v.double(), hidden)
-            plain = (_attend(q, k, v, hidden).double() - want).abs().amax()
+            cap = sparsity.softcap
+            want = _attend(q.double(), k.double(), v.double(), hidden, cap)
+            plain = (_attend(q, k, v, hidden, cap).double() - want).abs().amax()
             samples.append(Sample(head, rows, want, float(plain)))
     return samples
 

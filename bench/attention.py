@@ -2,6 +2,7 @@
 
     python bench/attention.py --fa4 DIRECTORY --official CHECKOUT --json attention.json
     python bench/attention.py --suite quick
+    python bench/attention.py --suite scores
     python bench/attention.py --lengths 8192 --masks random --impls prism --dry-run
 
 Points (suites.py) are random, structured and full masks, by length, density, dtype, head_dim, key
@@ -20,7 +21,7 @@ of plain PyTorch at the inputs' precision (`error_ratio`). Prism may be off by t
 repeat itself bit by bit, or the exit status is 1; a peer off by more than eight times is not timed.
 
 TFLOP/s = 4 * head_dim * 128 * key block * kept blocks / time. Full masks count as dense kernels do:
-2 * head_dim * length^2 a head where causal, twice that otherwise.
+2 * head_dim * length^2 a head where causal, twice that otherwise; a window counts what rows see.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ from timing import MODES, capture, measure_alternating
 DEVICE = "cuda"
 PRISM_ERROR_RATIO = 2.0
 PEER_ERROR_RATIO = 8.0
-POINT_COLUMNS = ["L", "mask", "density", "kept_density", "dtype", "head_dim", "block", "causal"]
+POINT_COLUMNS = [
+    *("L", "mask", "density", "kept_density", "dtype", "head_dim", "block", "causal"),
+    *("window", "softcap"),
+]
 Row = dict[str, Any]
 
 
@@ -247,7 +251,8 @@ class Bench:
 
 def compilation(point: Point, impl: str, variant: str) -> tuple[object, ...]:
     """What a compiled kernel depends on; more than that at times."""
-    return impl, variant, point.dtype, point.head_dim, point.block, point.causal
+    shape = (point.dtype, point.head_dim, point.block, point.causal, point.window, point.softcap)
+    return (impl, variant, *shape)
 
 
 def compute_capability() -> int:
@@ -268,9 +273,10 @@ def first_line(error: Exception) -> str:
 def describe(row: Row) -> str:
     """One line for the log."""
     causal = "causal" if row["causal"] else "non-causal"
+    options = "".join(f"{name} {row[name]} " for name in ("window", "softcap") if row[name])
     point = (
         f"{row['L']:>7} {row['mask']:<10} {row['density']:<4g} {row['dtype']:<8} "
-        f"d{row['head_dim']:<3} B{row['block']:<3} {causal:<10} {row['impl']:<10} "
+        f"d{row['head_dim']:<3} B{row['block']:<3} {causal:<10} {options}{row['impl']:<10} "
         f"{row['variant']:<8} {row['mode']:<5}"
     )
     if row.get("error"):

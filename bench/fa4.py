@@ -19,8 +19,8 @@ def _call(**settings: object) -> Call:
     return lambda x: _flash_attn_fwd(*x.length_first, **settings)[0].transpose(1, 2)
 
 
-def dense(causal: bool) -> Call:
-    return _call(causal=causal)
+def dense(causal: bool, window: int | None = None, softcap: float | None = None) -> Call:
+    return _call(causal=causal, window_size_left=window, softcap=softcap)
 
 
 def sparse(mask: Tensor, causal: bool) -> dict[str, Call]:

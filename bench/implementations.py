@@ -57,6 +57,8 @@ class BlockSparsity:
     k_block: int = 128
     causal: bool = True
     full: bool = False  # the mask keeps everything: dense kernels compute the same
+    window: int | None = None  # keys before its own position that a row sees
+    softcap: float | None = None
 
 
 def dense(backend: SDPBackend, causal: bool = True) -> Call:
@@ -72,8 +74,9 @@ def dense(backend: SDPBackend, causal: bool = True) -> Call:
 def prism(sparsity: BlockSparsity) -> Call:
     bits, counts = pack(sparsity.mask)
     causal, k_block = sparsity.causal, sparsity.k_block
+    options = {"softcap": sparsity.softcap, "window_left": sparsity.window}
     return lambda x: torch.ops.prism.sparse_attention(
-        x.q, x.k, x.v, bits, counts, None, causal, QUERY_BLOCK, k_block
+        x.q, x.k, x.v, bits, counts, None, causal, QUERY_BLOCK, k_block, **options
     )[0]
 
 
@@ -117,9 +120,31 @@ def flex_mask(mask: Tensor, length: int) -> BlockMask:
     )  # fmt: skip
 
 
+def flex_window(mask: Tensor, length: int, window: int) -> BlockMask:
+    """The same of a full mask and a window: blocks at its edge are partial, too."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return (q_index >= k_index) & (q_index - k_index <= window)
+
+    index = torch.arange(mask.shape[-1], device=mask.device)
+    away = (index[:, None] - index)[None, None] * QUERY_BLOCK  # first row from first key
+    seen = (away >= 0) & (away - (QUERY_BLOCK - 1) <= window)
+    whole = (away > 0) & (away + (QUERY_BLOCK - 1) <= window)
+    return BlockMask.from_kv_blocks(
+        *block_lists(seen & ~whole), *block_lists(whole), BLOCK_SIZE=QUERY_BLOCK, mask_mod=sees,
+        seq_lengths=(length, length), compute_q_blocks=False,
+    )  # fmt: skip
+
+
 def flex_sparse(sparsity: BlockSparsity) -> Call:
     _require(sparsity.causal and sparsity.k_block == 128, "causal masks in blocks of 128 only")
-    block_mask = flex_mask(sparsity.mask, sparsity.length)
+    _require(sparsity.softcap is None, "no soft cap")
+    if sparsity.window is None:
+        block_mask = flex_mask(sparsity.mask, sparsity.length)
+    else:
+        _require(sparsity.full, "windows of full masks only")
+        block_mask = flex_window(sparsity.mask, sparsity.length, sparsity.window)
     return lambda x: compiled_flex()(x.q, x.k, x.v, block_mask=block_mask, enable_gqa=True)
 
 
@@ -164,7 +189,8 @@ def fa4_is_installed() -> bool:
 def fa4_calls(sparsity: BlockSparsity, directory: Path | None) -> dict[str, Call]:
     module = load_fa4(directory)
     if sparsity.full:
-        return {"dense": module.dense(sparsity.causal)}
+        return {"dense": module.dense(sparsity.causal, sparsity.window, sparsity.softcap)}
+    _require(sparsity.window is None and sparsity.softcap is None, "only with full masks")
     _require(sparsity.k_block == 128, "blocks of 128 only")
     return module.sparse(sparsity.mask, sparsity.causal)
 
@@ -174,7 +200,8 @@ def build(
 ) -> dict[str, Call]:
     """The calls of an implementation by variant; "" where there is only one."""
     if impl in DENSE:
-        _require(sparsity.full, "dense kernels compute all-true masks only")
+        plain = sparsity.window is None and sparsity.softcap is None
+        _require(sparsity.full and plain, "dense kernels compute all-true masks only")
         return {"": dense(DENSE[impl], sparsity.causal)}
     if impl == "fa4":
         return fa4_calls(sparsity, fa4_directory)

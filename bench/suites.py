@@ -15,7 +15,12 @@ DENSITIES = (0.1, 0.25, 0.5)
 # full: every visible block. The others keep diagonal and first block, and `structured` and
 # `longrow` exactly as many blocks of each head as `random` does.
 MASKS = ("random", "full", "structured", "longrow")
-SUITES = {"quick": (8192,), "paper": (8192, 32768, 131072), "full": (8192, 32768, 131072)}
+SUITES = {
+    "quick": (8192,),
+    "paper": (8192, 32768, 131072),
+    "full": (8192, 32768, 131072),
+    "scores": (8192, 32768),
+}
 LONG = 65536  # longer inputs: fewer points, and slow peers only where they are the subject
 
 
@@ -29,12 +34,15 @@ class Point:
     head_dim: int = 128
     block: int = 128  # tokens of a key block
     causal: bool = True
+    window: int | None = None  # keys before its own position that a row sees
+    softcap: float | None = None
     eager: tuple[str, ...] = ()  # implementations whose eager calls are timed as well
 
     def columns(self) -> dict[str, object]:
         return {
             "L": self.length, "density": self.density, "mask": self.mask, "dtype": self.dtype,
             "head_dim": self.head_dim, "block": self.block, "causal": self.causal,
+            "window": self.window, "softcap": self.softcap,
         }  # fmt: skip
 
 
@@ -54,7 +62,8 @@ def build_sparsity(point: Point, heads: int, device: str) -> BlockSparsity:
             raise ValueError(f"mask {point.mask!r} is made causal and in blocks of 128 only")
         make = structured_mask if point.mask == "structured" else long_row_mask
         mask = make(mask, point.length)
-    return BlockSparsity(mask, point.length, block, causal, point.mask == "full")
+    full = point.mask == "full"
+    return BlockSparsity(mask, point.length, block, causal, full, point.window, point.softcap)
 
 
 def kept_density(sparsity: BlockSparsity, visible: Tensor) -> float:
@@ -64,8 +73,16 @@ def kept_density(sparsity: BlockSparsity, visible: Tensor) -> float:
 
 
 def flops(sparsity: BlockSparsity, head_dim: int) -> float:
-    """Of the kept area; full causal masks count half the square, as is usual of dense kernels."""
+    """Of the kept area; full causal masks count half the square, as is usual of dense kernels.
+
+    A window counts the keys that each row sees.
+    """
     heads = sparsity.mask.shape[1]
+    if sparsity.window is not None:
+        if not (sparsity.full and sparsity.causal):
+            raise ValueError("windows count on full causal masks only")
+        width = min(sparsity.window + 1, sparsity.length)
+        return 4.0 * head_dim * heads * width * (sparsity.length - (width - 1) / 2)
     if sparsity.full:
         return (2.0 if sparsity.causal else 4.0) * head_dim * heads * sparsity.length**2
     return 4.0 * head_dim * 128 * sparsity.k_block * float(sparsity.mask.sum())
@@ -76,8 +93,11 @@ def suite(name: str, lengths: Sequence[int], densities: Sequence[float]) -> list
 
     quick: one density and the full mask. paper: every density and the full mask at head_dim 128 in
     bfloat16. full: also structured masks and long rows, float16, key blocks of 64, head_dim 64 and
-    256, and non-causal masks.
+    256, and non-causal masks. scores: up to 8K a soft cap and a window that hides nothing beside
+    neither, beyond that a window of 4096, all under the full mask.
     """
+    if name == "scores":
+        return [_scores_group(length) for length in lengths]
     middle = densities[len(densities) // 2]
     if name == "quick":
         return [
@@ -142,6 +162,17 @@ def _full_group(length: int, rest: bool) -> Group:
         base,
         replace(base, impls=("prism", "cudnn", "fa2"), dtype="float16", eager=()),
         replace(base, impls=("prism",), block=64, eager=()),
+    ]
+
+
+def _scores_group(length: int) -> Group:
+    base = Point(length, "full", 1.0, ("prism", "prism_sm80", "fa4"))
+    if length > 8192:
+        return [replace(base, window=4096, impls=(*base.impls, "flex"))]
+    return [
+        replace(base, impls=("prism", "fa4")),
+        replace(base, softcap=50.0),
+        replace(base, window=length - 1, impls=("prism",)),
     ]
 
 

@@ -67,8 +67,8 @@ def sparse_attention_varlen(
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value;
             lse includes it.
         softcap: scaled scores become softcap * tanh(score / softcap).
-        window_left: a row sees only so many keys before its own position. It and softcap run on the
-            portable kernel, on Hopper too.
+        window_left: a row sees its own position and so many keys before it only. Blocks that no
+            row of a query block sees cost nothing, whatever the mask keeps.
         k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
             by, finite and above 0; None: 1. Only for fp8.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import attention
 import masks
 import suites
 from accuracy import accuracy, sample
-from implementations import BlockSparsity, Inputs
+from implementations import BlockSparsity, Inputs, flex_window
 
 from prism_cuda import _bits
 
@@ -129,6 +130,46 @@ def test_flops_count_the_kept_area() -> None:
     assert fine == pytest.approx(coarse, rel=0.1)
     assert suites.flops(make("full", 1.0), 64) == 2 * 64 * HEADS * LENGTH**2
     assert suites.flops(make("full", 1.0, causal=False), 64) == 4 * 64 * HEADS * LENGTH**2
+    seen = int(banded(LENGTH, 100).sum())
+    assert suites.flops(make("full", 1.0, window=100), 64) == 4 * 64 * HEADS * seen
+
+
+def banded(length: int, window: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril().triu(-window)
+
+
+@pytest.mark.parametrize("window", [0, 100, 128, 255, 256, 1023])
+def test_flex_attention_gets_the_window_by_blocks(window: int) -> None:
+    blocks = flex_window(masks.full_mask(1, 1024, device="cpu"), 1024, window)
+    tiles = banded(1024, window).unflatten(0, (-1, 128)).unflatten(-1, (-1, 128)).transpose(1, 2)
+    got = []
+    for counts, indices in (
+        (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        (blocks.kv_num_blocks, blocks.kv_indices),
+    ):
+        rank = torch.empty_like(indices).scatter_(
+            -1, indices.long(), torch.arange(8).int().expand_as(indices)
+        )
+        got.append((rank < counts[..., None])[0, 0])
+    whole, partial = got
+    assert torch.equal(whole, tiles.all(-1).all(-1))
+    assert torch.equal(whole | partial, tiles.any(-1).any(-1))
+    assert not (whole & partial).any()
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(100, None), (None, 1.0), (130, 2.0)])
+def test_accuracy_knows_windows_and_caps(window: int | None, softcap: float | None) -> None:
+    point = suites.Point(512, "full", 1.0, ("prism",), window=window, softcap=softcap)
+    q, k, v = (torch.randn(1, heads, 512, 64).bfloat16() for heads in (4, 2, 2))
+    scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) / 8
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    seen = banded(512, 512 if window is None else window)
+    weights = scores.masked_fill(~seen, -float("inf")).softmax(-1)
+    out = (weights @ v.double().repeat_interleave(2, 1)).bfloat16()
+    sparsity = suites.build_sparsity(point, 4, "cpu")
+    assert accuracy(out, sample(Inputs(q, k, v), sparsity)).ratio <= attention.PRISM_ERROR_RATIO
+    plain = replace(sparsity, window=None, softcap=None)
+    assert accuracy(out, sample(Inputs(q, k, v), plain)).ratio > attention.PRISM_ERROR_RATIO
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -48,7 +48,7 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
   m.def(
       "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
-      "int k_block_size=128, bool softcap=False, bool window=False, bool fp8=False) -> str");
+      "int k_block_size=128, bool fp8=False, bool score_options=False) -> str");
   m.def("build_config() -> str");
 }
 

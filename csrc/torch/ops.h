@@ -77,10 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prefill(
     const std::optional<Tensor>& v_scale);
 
 // The attention kernel for a GPU of compute capability `sm` (10 * major + minor), or why none.
-// `softcap` and `window` say that the call has them, `fp8` that k and v are float8 e4m3.
+// `fp8` says that k and v are float8 e4m3, `score_options` that the call has softcap or a window.
 std::string attention_kernel(int64_t sm, torch::headeronly::ScalarType dtype, int64_t head_dim,
-                             int64_t q_block_size, int64_t k_block_size, bool softcap, bool window,
-                             bool fp8);
+                             int64_t q_block_size, int64_t k_block_size, bool fp8,
+                             bool score_options);
 
 // JSON: version, git hash, CUDA and CUTLASS versions, compiled architectures.
 std::string build_config();

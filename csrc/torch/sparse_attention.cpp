@@ -129,7 +129,7 @@ std::tuple<Tensor, Tensor> sparse_attention(
 }
 
 std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
-                             int64_t k_block_size, bool softcap, bool window, bool fp8) {
+                             int64_t k_block_size, bool fp8, bool score_options) {
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     return "unsupported: dtype must be BFloat16 or Half";
   }
@@ -140,9 +140,8 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
 #endif
   AttentionTraits traits{static_cast<int>(sm), head_dim, q_block_size,
                          k_block_size,         has_sm90, /*tma=*/true};
-  traits.softcap = softcap;
-  traits.window = window;
   traits.fp8 = fp8;
+  traits.score_options = score_options;
   return choose_attention_kernel(traits).name;
 }
 

@@ -60,16 +60,16 @@ int main() {
     expect(kernel(traits) == "sm90", "a head_dim in between is padded");
   }
   traits = hopper;
-  traits.softcap = true;
-  expect(kernel(traits) == "sm80", "a soft cap falls back");
-  traits = hopper;
-  traits.window = true;
-  expect(kernel(traits) == "sm80", "a window falls back");
+  traits.score_options = true;
+  expect(kernel(traits) == "sm90", "softcap and windows have a Hopper kernel");
   traits = hopper;
   traits.fp8 = true;
   expect(kernel(traits) == "sm90", "fp8 keys and values have a Hopper kernel");
   traits.head_dim = 136;
   expect(kernel(traits) == "sm80", "not beyond head_dim 128");
+  traits = hopper;
+  traits.fp8 = traits.score_options = true;
+  expect(kernel(traits) == "sm80", "nor with softcap or windows");
   traits = hopper;
   traits.sm = 75;
   expect(refuses(traits, "capability"), "an old GPU is refused by its capability");

@@ -439,4 +439,4 @@ def test_dispatch_by_head_dim() -> None:
     if torch.ops.prism.attention_kernel(90, torch.bfloat16, 128) != "sm90":
         pytest.skip("built without sm_90a")
     assert [kernel(d) for d in (64, 96, 128, 192, 256)] == ["sm90"] * 3 + ["sm80"] * 2
-    assert kernel(128, softcap=True) == kernel(128, window=True) == "sm80"
+    assert kernel(128, score_options=True) == "sm80"

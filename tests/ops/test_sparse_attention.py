@@ -37,6 +37,14 @@ SANITIZER_CASES = (
     "head_dim_256-b64",
     "many_tiles-every_other_empty",
     "many_tiles-rising_d128",
+    "scores-softcap_1_d128",
+    "scores-softcap_d256",
+    "windows-0_d128_b128",
+    "windows-64_d256_b128",
+    "windows-127_d64_b128",
+    "windows-300_d128_b128",
+    "windows-sparse_b64_d64",
+    "windows-softcap",
 )
 
 
@@ -148,6 +156,24 @@ def test_keys_beyond_a_ragged_end_are_never_read_into_the_result(device: str) ->
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("blocks", [B128, B128_64])
+def test_key_blocks_before_the_window_are_never_read(
+    cuda: str, blocks: tuple[int, int], head_dim: int
+) -> None:
+    case = attention_inputs(
+        AttentionCase("nan", 100, 700, mask="full", blocks=blocks, head_dim=head_dim,
+                      window_left=150),
+        torch.bfloat16,
+        cuda,
+    )  # fmt: skip
+    expected = run(case)
+    case.k[:, :, :384] = torch.nan  # the first row sits at 600
+    case.v[:, :, :384] = torch.nan
+    for got, want in zip(run(case), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_nan_value_reaches_every_row_that_sees_it_and_no_other_query_block(device: str) -> None:
     case = attention_inputs(
         AttentionCase("nan", 200, 200, mask="visible", blocks=B128), torch.bfloat16, device
@@ -229,6 +255,8 @@ LENGTHS = st.integers(0, 200)
     causal=st.booleans(),
     layout=st.sampled_from(inputs.LAYOUTS),
     mask=st.sampled_from(["full", "random", "last_only", "alternating_empty"]),
+    window_left=st.none() | st.integers(0, 210),
+    softcap=st.sampled_from([None, 1.0, 50.0]),
 )
 @pytest.mark.parametrize("on", ["cpu", "cuda"])
 def test_any_shape_matches_float64(
@@ -242,12 +270,15 @@ def test_any_shape_matches_float64(
     causal: bool,
     layout: str,
     mask: str,
+    window_left: int | None,
+    softcap: float | None,
 ) -> None:
     if on == "cuda":
         needs_cuda()
     case = AttentionCase(
         "drawn", q_len, k_len, q_heads=kv_heads * ratio, kv_heads=kv_heads, head_dim=head_dim,
-        blocks=blocks, causal=causal, layout=layout, mask=mask,
+        blocks=blocks, causal=causal, layout=layout, mask=mask, window_left=window_left,
+        softcap=softcap,
     )  # fmt: skip
     check(attention_inputs(case, torch.bfloat16, on))
 

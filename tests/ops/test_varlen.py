@@ -37,6 +37,8 @@ SANITIZER_CASES = (
     "paged-page_16_d128",
     "paged-page_256_d256",
     "paged-shared_prefix",
+    "packed-window_0_d256",
+    "paged-window_page_16_d128",
 )
 
 

@@ -23,9 +23,8 @@ struct AttentionTraits {
   int64_t k_block_size;
   bool has_sm90;
   bool tma;
-  bool softcap = false;
-  bool window = false;
-  bool fp8 = false;  // k and v
+  bool fp8 = false;            // k and v
+  bool score_options = false;  // softcap or a window
 };
 
 constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size) {
@@ -90,10 +89,10 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
     return {AttentionKernel::kUnsupported,
             "unsupported: (q_block_size, k_block_size) must be (128, 128), (128, 64) or (64, 64)"};
   }
-  // The Hopper kernel has no registers left for what only few models ask for, and no shared memory
-  // for fp8 keys and values beside their 16-bit copies beyond head_dim 128.
-  const bool plain = !traits.softcap && !traits.window && (!traits.fp8 || traits.head_dim <= 128);
-  if (traits.sm == 90 && traits.has_sm90 && traits.tma && plain && traits.q_block_size == 128) {
+  // The Hopper kernel has no shared memory for fp8 keys and values beside their 16-bit copies
+  // beyond head_dim 128, and no instantiation of it for fp8 with softcap or windows.
+  const bool fits = !traits.fp8 || (traits.head_dim <= 128 && !traits.score_options);
+  if (traits.sm == 90 && traits.has_sm90 && traits.tma && fits && traits.q_block_size == 128) {
     return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};

@@ -17,6 +17,9 @@ template <typename Element, int kHeadDim>
 cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams& params,
                             cudaStream_t stream) {
   if (kernel == AttentionKernel::kSm90) {
+    if (params.softcap > 0.f || params.window_left >= 0) {
+      return sm90::launch_attention<Element, kHeadDim, 64, true>(params, stream);
+    }
     return params.k_block_size == 64
                ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
                : sm90::launch_attention<Element, kHeadDim, 128>(params, stream);
@@ -88,6 +91,9 @@ void describe_dtype(std::vector<KernelInfo>& kernels) {
     sm90::describe_attention_fp8<Element, 64, 128>(kernels);
     sm90::describe_attention_fp8<Element, 128, 64>(kernels);
     sm90::describe_attention_fp8<Element, 128, 128>(kernels);
+    sm90::describe_attention<Element, 64, 64, true>(kernels);
+    sm90::describe_attention<Element, 128, 64, true>(kernels);
+    sm90::describe_attention<Element, 256, 64, true>(kernels);
   }
 }
 
@@ -115,9 +121,8 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
   const bool has_sm90 = may_use_sm90_kernels();
   AttentionTraits traits{sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90,
                          tma};
-  traits.softcap = params.softcap > 0.f;
-  traits.window = params.window_left >= 0;
   traits.fp8 = params.kv_is_fp8;
+  traits.score_options = params.softcap > 0.f || params.window_left >= 0;
   return choose_attention_kernel(traits);
 }
 

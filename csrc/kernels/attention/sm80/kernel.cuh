@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     score_scale *= params.k_scale == nullptr ? 1.f : __ldg(params.k_scale + tile.kv_head);
     value_scale = params.v_scale == nullptr ? 1.f : __ldg(params.v_scale + tile.kv_head);
   }
-  OnlineSoftmax<kRows> softmax(score_scale);
+  OnlineSoftmax<kRows> softmax(softmax_scale(score_scale, params.softcap));
   // Thread's first row within the tile; fragment row r adds 8 (r odd) and 64 (r / 2).
   const int thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const auto row_in_tile = [&](int row) {
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
     if (params.softcap > 0.f) {
-      cap_scores(rS, score_scale, params.softcap);
+      cap_scores(rS, cap_factor(score_scale, params.softcap));
     }
     const int first_key = n * kTileN;
     if (rows.needs_mask(first_key, kTileN) || rows.needs_window(params.window_left, first_key)) {

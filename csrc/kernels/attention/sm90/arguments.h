@@ -29,13 +29,14 @@ struct KernelArguments {
   RowOffsets out;
   RowOffsets lse;
   int z;
-  int q_end;        // x of a sequence's rows of q ends here
-  int copy_rows;    // rows of k and v that one copy moves, at most a box
-  int page_stride;  // of a page, in y
-  int q_blocks;     // of the mask
-  int k_blocks;     // of the mask
-  int tiles;        // query tiles of all heads and batch elements; if ragged, an upper bound
-  int kv_section;   // KV heads whose tiles are interleaved
+  int q_end;         // x of a sequence's rows of q ends here
+  int copy_rows;     // rows of k and v that one copy moves, at most a box
+  int page_stride;   // of a page, in y
+  int q_blocks;      // of the mask
+  int k_blocks;      // of the mask
+  int tiles;         // query tiles of all heads and batch elements; if ragged, an upper bound
+  int kv_section;    // KV heads whose tiles are interleaved
+  float cap_factor;  // of cap_scores; 0: scores have no cap
 };
 
 // Position in a ring of stages whose barriers flip phase once a round: one counter, because

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/attention/sm90/tile_descriptor.h"
+#include "kernels/params.h"
 
 namespace prism::sm90 {
 
@@ -30,18 +31,21 @@ constexpr auto smem_atom() {
 // A producer warpgroup feeds two consumer warpgroups of 64 query rows each through TMA. kTileM is
 // the query block size, kBlockN the key block size of the mask. Keys are computed kTileN at a time
 // and loaded in boxes of kBoxN: a tile is one key block, two smaller ones, or half of a larger one.
-template <typename Element_, int kHeadDim_, int kBlockN_>
+//
+// kScoreOptions: softcap and windows. It takes every key block of kBlockN or a multiple.
+template <typename Element_, int kHeadDim_, int kBlockN_, bool kScoreOptions_>
 struct AttentionConfig {
   using Element = Element_;
+  using Descriptor = std::conditional_t<kScoreOptions_, WindowTileDescriptor, TileDescriptor>;
+  static constexpr bool kScoreOptions = kScoreOptions_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kTileM = 128;
   // The output accumulators of head_dim 256 leave registers for half as many scores.
   static constexpr int kTileN = kHeadDim == 256 ? 64 : 128;
   static constexpr int kBoxN = kBlockN < kTileN ? kBlockN : kTileN;
-  static constexpr int kBoxes = kTileN / kBoxN;           // boxes of one tile
-  static constexpr int kBoxesPerBlock = kBlockN / kBoxN;  // boxes of one key block of the mask
-  static constexpr int kConsumers = 2;                    // warpgroups
+  static constexpr int kBoxes = kTileN / kBoxN;  // boxes of one tile
+  static constexpr int kConsumers = 2;           // warpgroups
   static constexpr int kConsumerThreads = kConsumers * 128;
   static constexpr int kConsumerWarps = kConsumerThreads / 32;
   static constexpr int kThreads = 128 + kConsumerThreads;
@@ -68,6 +72,11 @@ struct AttentionConfig {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
   static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
+
+  // Boxes of one key block of the mask.
+  __device__ static int boxes_per_block(const SparseAttentionParams& params) {
+    return (kScoreOptions ? params.k_block_size : kBlockN) / kBoxN;
+  }
 
   using TileShapeQK = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kHeadDim>>;
   using TileShapePV = cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kTileN>>;
@@ -120,7 +129,7 @@ struct AttentionConfig {
     cutlass::arch::ClusterBarrier v_free[kStagesV];
     cutlass::arch::ClusterBarrier tile_full[kStagesTile];
     cutlass::arch::ClusterBarrier tile_free[kStagesTile];
-    TileDescriptor tile[kStagesTile];
+    Descriptor tile[kStagesTile];
   };
   static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 232448, "more than a CTA gets on Hopper");

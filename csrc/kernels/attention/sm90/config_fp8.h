@@ -8,8 +8,8 @@ namespace prism::sm90 {
 // TMA brings fp8 tiles into a staging ring, as plain rows. A fourth warpgroup converts them into
 // the 16-bit stages from which the consumers compute as ever.
 template <typename Element_, int kHeadDim_, int kBlockN_>
-struct Fp8AttentionConfig : AttentionConfig<Element_, kHeadDim_, kBlockN_> {
-  using Base = AttentionConfig<Element_, kHeadDim_, kBlockN_>;
+struct Fp8AttentionConfig : AttentionConfig<Element_, kHeadDim_, kBlockN_, false> {
+  using Base = AttentionConfig<Element_, kHeadDim_, kBlockN_, false>;
   using Base::kHeadDim;
   using Base::kPanelKV;
   using Base::kPanelQ;
@@ -67,7 +67,7 @@ struct Fp8AttentionConfig : AttentionConfig<Element_, kHeadDim_, kBlockN_> {
     cutlass::arch::ClusterBarrier v_free[kStagesV];
     cutlass::arch::ClusterBarrier tile_full[kStagesTile];
     cutlass::arch::ClusterBarrier tile_free[kStagesTile];
-    TileDescriptor tile[kStagesTile];
+    typename Base::Descriptor tile[kStagesTile];
   };
   static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 232448, "more than a CTA gets on Hopper");

@@ -87,7 +87,12 @@ struct Consumer {
 
   // The tile at the head of the ring. It stays in shared memory until release_tile(): registers are
   // scarce.
-  __device__ const TileDescriptor& tile() const { return storage.tile[tile_ring.stage()]; }
+  __device__ const typename Config::Descriptor& tile() const {
+    return storage.tile[tile_ring.stage()];
+  }
+
+  // Its first key tiles, which have to be masked.
+  __device__ int masked_tiles() const { return tile().template masked_tiles<Config::kBoxes>(); }
 
   __device__ void release_tile() {
     storage.tile_free[tile_ring.stage()].arrive();
@@ -110,6 +115,16 @@ struct Consumer {
     }
   }
 
+  // Before the mask, which a cap would bend.
+  template <typename Scores>
+  __device__ __forceinline__ void apply_cap(Scores& scores) const {
+    if constexpr (Config::kScoreOptions) {
+      if (arguments.cap_factor > 0.f) {
+        cap_scores(scores, arguments.cap_factor);
+      }
+    }
+  }
+
   template <typename Scores>
   __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
     constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
@@ -121,7 +136,12 @@ struct Consumer {
     }
 #pragma unroll
     for (int box = 0; box < Config::kBoxes; ++box) {
-      const int first_key = tile().template first_key<Config::kBoxN>(trip * Config::kBoxes + box);
+      int first_key;
+      if constexpr (Config::kScoreOptions) {
+        first_key = tile().template first_key<Config>(trip * Config::kBoxes + box);
+      } else {
+        first_key = tile().template first_key<Config::kBoxN>(trip * Config::kBoxes + box);
+      }
 #pragma unroll
       for (int row = 0; row < kRows; ++row) {
         const int last_column = last_key[row] - first_key;
@@ -129,6 +149,16 @@ struct Consumer {
         for (int column = 0; column < kBoxColumns; ++column) {
           if (column / 2 * 8 + column % 2 > last_column) {
             scores(row, box * kBoxColumns + column) = -INFINITY;
+          }
+        }
+        if constexpr (Config::kScoreOptions) {
+          const int first_column =
+              tile().first_visible(row_in_tile(thread) + row * 8) - thread % 4 * 2 - first_key;
+#pragma unroll
+          for (int column = 0; column < kBoxColumns; ++column) {
+            if (column / 2 * 8 + column % 2 < first_column) {
+              scores(row, box * kBoxColumns + column) = -INFINITY;
+            }
           }
         }
       }
@@ -200,11 +230,12 @@ struct Consumer {
     warpgroup_fence_operand(rS);
     for (;;) {
       const int trips = tile().trips;
-      const int masked = tile().template masked_tiles<Config::kBoxes>();
+      const int masked = masked_tiles();
       release_keys();
       ++key_tile;
       softmax.reset();
       accumulate = false;
+      apply_cap(rS);
       if (masked > 0) {
         apply_mask(rS_rows, 0);
       }
@@ -234,18 +265,29 @@ struct Consumer {
         warpgroup_wait<0>();
         warpgroup_fence_operand(rO);
       };
-      const auto masked_step = [&](int trip) CUTLASS_LAMBDA_FUNC_INLINE {
-        issue_both(rP0);
+      const auto finish_masked_step = [&](int trip, auto& rP_next) CUTLASS_LAMBDA_FUNC_INLINE {
         apply_mask(rS_rows, trip);
         softmax.template update<true>(rS_rows, correction);
         finish_output();
         release_values();
         ++key_tile;
         softmax.rescale(rO_rows, correction);
-        convert(rS, rP0);
+        convert(rS, rP_next);
       };
-      const auto step = [&](auto& rP, auto& rP_next) CUTLASS_LAMBDA_FUNC_INLINE {
+      const auto masked_step = [&](int trip) CUTLASS_LAMBDA_FUNC_INLINE {
+        issue_both(rP0);
+        apply_cap(rS);
+        finish_masked_step(trip, rP0);
+      };
+      const auto step = [&](int trip, auto& rP, auto& rP_next) CUTLASS_LAMBDA_FUNC_INLINE {
         issue_both(rP);
+        apply_cap(rS);
+        if constexpr (Config::kScoreOptions) {
+          if (trip >= tile().window_trip) {
+            finish_masked_step(trip, rP_next);
+            return;
+          }
+        }
         // Each branch waits for P V by itself: a wait before the branch would let the compiler put
         // most of the softmax behind it.
         if (softmax.template try_update<Element>(rS, rP_next)) {
@@ -294,7 +336,8 @@ struct Consumer {
       };
 
       int trip = 1;
-      for (; trip < masked; ++trip) {
+      // With options there is no register left to keep `masked` in.
+      for (; trip < (Config::kScoreOptions ? masked_tiles() : masked); ++trip) {
         masked_step(trip);
       }
       bool more;
@@ -304,12 +347,12 @@ struct Consumer {
           break;
         }
         if constexpr (Config::kOverlapsOutput) {
-          step(rP0, rP1);
+          step(trip - 1, rP0, rP1);
           if (trip++ == trips) {
             more = finish_tile(rP1);
             break;
           }
-          step(rP1, rP0);
+          step(trip - 1, rP1, rP0);
         } else {
           // With one set of probabilities the softmax begins after P V, while the other warpgroup
           // has its turn.
@@ -435,7 +478,7 @@ struct Consumer {
         return params.scale * __ldg(params.k_scale + tile().kv_head);
       }
     }
-    return params.scale;
+    return Config::kScoreOptions ? softmax_scale(params.scale, params.softcap) : params.scale;
   }
 
   // What the output is multiplied by: the scale of fp8 values.

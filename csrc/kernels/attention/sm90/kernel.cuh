@@ -40,7 +40,7 @@ constexpr int converter_warps() {
 }
 
 template <typename Config>
-__device__ void run_kernel(const KernelArguments& arguments) {
+__device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
   extern __shared__ __align__(1024) char smem[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(smem);
   constexpr int kConverterWarps = converter_warps<Config>();
@@ -105,11 +105,21 @@ __device__ void run_kernel(const KernelArguments& arguments) {
   }
 }
 
+// Not forced inline: the order in which the compiler inlines decides whether registers spill.
+template <typename Config>
+__device__ void run_kernel(const KernelArguments& arguments) {
+  run_roles<Config>(arguments);
+}
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     sparse_attention_kernel(const __grid_constant__ KernelArguments arguments) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_kernel<Config>(arguments);
+  if constexpr (Config::kScoreOptions) {
+    run_roles<Config>(arguments);  // too large to be inlined by itself
+  } else {
+    run_kernel<Config>(arguments);
+  }
 #endif
 }
 
@@ -134,7 +144,7 @@ template <typename Config>
 cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArguments& arguments) {
   arguments.params = params;
   arguments.q_blocks = (params.q_len + Config::kTileM - 1) / Config::kTileM;
-  arguments.k_blocks = (params.k_len + Config::kBlockN - 1) / Config::kBlockN;
+  arguments.k_blocks = (params.k_len + params.k_block_size - 1) / params.k_block_size;
   const int64_t tiles = count_tiles(params, Config::kTileM);
   // The counter runs past the last tile by one a CTA.
   if (tiles > std::numeric_limits<int32_t>::max() - 4096) {
@@ -146,6 +156,7 @@ cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArg
   arguments.kv_section =
       kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes, kv_element_bytes(params));
   prepare_offsets(params, arguments);
+  arguments.cap_factor = params.softcap > 0.f ? cap_factor(params.scale, params.softcap) : 0.f;
   arguments.copy_rows = Config::kBoxN;
   arguments.page_stride = 0;
   if (ragged.is_paged()) {
@@ -218,19 +229,19 @@ void describe_config(std::vector<KernelInfo>& kernels) {
   describe_kernel(
       kernels,
       "sparse_attention_sm90<" + dtype + (Config::kFp8 ? ", fp8" : "") + ", d" + head_dim + ", n" +
-          std::to_string(Config::kBlockN) + ">",
+          std::to_string(Config::kBlockN) + (Config::kScoreOptions ? ", options>" : ">"),
       std::to_string(Config::kTileM) + " x " + std::to_string(Config::kTileN) + " x " + head_dim,
       sparse_attention_kernel<Config>, Config::kThreads, Config::kSmemBytes);
 }
 
-template <typename Element, int kHeadDim, int kBlockN>
+template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
-  return launch_config<AttentionConfig<Element, kHeadDim, kBlockN>>(params, stream);
+  return launch_config<AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>>(params, stream);
 }
 
-template <typename Element, int kHeadDim, int kBlockN>
+template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions>
 void describe_attention(std::vector<KernelInfo>& kernels) {
-  describe_config<AttentionConfig<Element, kHeadDim, kBlockN>>(kernels);
+  describe_config<AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>>(kernels);
 }
 
 template <typename Element, int kHeadDim, int kBlockN>

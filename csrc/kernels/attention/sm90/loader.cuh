@@ -19,7 +19,7 @@ struct Loader {
   static constexpr bool kKeys = kOperand == Operand::kKeys;
   static constexpr int kBoxN = Config::kBoxN;
   static constexpr int kBoxes = Config::kBoxes;
-  static constexpr int kBoxesPerBlock = Config::kBoxesPerBlock;
+  using Tile = typename Config::Descriptor;
 
   const KernelArguments& arguments;
   const SparseAttentionParams& params;
@@ -34,7 +34,7 @@ struct Loader {
   __device__ void run() {
     for (;;) {
       storage.tile_full[tile_ring.stage()].wait(tile_ring.phase());
-      const TileDescriptor& tile = storage.tile[tile_ring.stage()];
+      const Tile& tile = storage.tile[tile_ring.stage()];
       if (tile.is_end()) {
         return;
       }
@@ -49,10 +49,36 @@ struct Loader {
     }
   }
 
+  __device__ int boxes_per_block() const { return Config::boxes_per_block(params); }
+
+  // What the mask keeps of the blocks that the tile may see; see MaskRow.
+  __device__ static int first_chunk(const Tile& tile) {
+    if constexpr (Config::kScoreOptions) {
+      return MaskRow::chunk_of(tile.block_begin);
+    } else {
+      return 0;
+    }
+  }
+  __device__ static int last_chunk(const Tile& tile) {
+    if constexpr (Config::kScoreOptions) {
+      return MaskRow::chunks(tile.visible_end) - 1;
+    } else {
+      return MaskRow::chunks(tile.block_end(Config::kBlockN / kBoxN)) - 1;
+    }
+  }
+  __device__ uint32_t kept_blocks(const Tile& tile, int chunk) const {
+    const MaskRow mask{tile.mask_words};
+    if constexpr (Config::kScoreOptions) {
+      return mask.word(chunk, tile.block_begin, tile.visible_end);
+    } else {
+      return mask.word(chunk, tile.block_end(Config::kBlockN / kBoxN));
+    }
+  }
+
   __device__ static bool is_leader() { return threadIdx.x % 32 == 0; }
 
   // Queries first: their stage is free long before that of the first keys.
-  __device__ void load_queries(const TileDescriptor& tile) {
+  __device__ void load_queries(const Tile& tile) {
     if (kKeys && is_leader()) {
       const Ring<Config::kStagesQ> q_ring{static_cast<uint32_t>(tile.index)};
       storage.q_free[q_ring.stage()].wait(q_ring.phase() ^ 1);
@@ -65,11 +91,11 @@ struct Loader {
   }
 
   // Loads the kept boxes in descending order, after those of padding.
-  __device__ void load_boxes(const TileDescriptor& tile) {
+  __device__ void load_boxes(const Tile& tile) {
     // A box past the last key is filled with zeros and costs no traffic.
     int boxes[kBoxes] = {tile.padding_boxes == 0 ? -1 : (tile.k_len + kBoxN - 1) / kBoxN};
-    for (int chunk = MaskRow::chunks(tile.block_end(kBoxesPerBlock)) - 1; chunk >= 0; --chunk) {
-      uint32_t own_word = MaskRow{tile.mask_words}.word(chunk, tile.block_end(kBoxesPerBlock));
+    for (int chunk = last_chunk(tile); chunk >= first_chunk(tile); --chunk) {
+      uint32_t own_word = kept_blocks(tile, chunk);
       // The highest block left is looked for anew each time: registers are scarce.
       while (const uint32_t lanes = __ballot_sync(kAllLanes, own_word != 0)) {
         const int lane = 31 - __clz(static_cast<int>(lanes));
@@ -78,25 +104,35 @@ struct Loader {
           own_word ^= 1u << bit;
         }
         const int block = (chunk * 32 + lane) * 32 + bit;
-#pragma unroll
-        for (int i = kBoxesPerBlock - 1; i >= 0; --i) {
-          const int box = block * kBoxesPerBlock + i;
-          if (kBoxesPerBlock > 1 && box >= tile.box_end) {
-            continue;
+        const auto load_box = [&](int box) CUTLASS_LAMBDA_FUNC_INLINE {
+          if (boxes_per_block() > 1 && tile.leaves_out(box)) {
+            return;
           }
           if (kBoxes == 2 && boxes[0] < 0) {
             boxes[0] = box;
-            continue;
+            return;
           }
           boxes[kBoxes - 1] = box;
           load_key_tile(boxes, tile);
           boxes[0] = -1;
+        };
+        const int first_box = block * boxes_per_block();
+        if constexpr (Config::kScoreOptions) {
+#pragma unroll 1
+          for (int box = first_box + boxes_per_block() - 1; box >= first_box; --box) {
+            load_box(box);
+          }
+        } else {
+#pragma unroll
+          for (int i = boxes_per_block() - 1; i >= 0; --i) {
+            load_box(first_box + i);
+          }
         }
       }
     }
   }
 
-  __device__ void load_key_tile(const int (&boxes)[kBoxes], const TileDescriptor& tile) {
+  __device__ void load_key_tile(const int (&boxes)[kBoxes], const Tile& tile) {
     // Lane i moves rows [i * copy_rows, (i + 1) * copy_rows) of the tile.
     const int target_row = static_cast<int>(threadIdx.x % 32) * arguments.copy_rows;
     const bool takes_part = target_row < Config::kTileN;
@@ -126,7 +162,7 @@ struct Loader {
 
   // Coordinates of a key in its page, a slice that ends with the last key written. What lies past
   // that, or in no page of the pool, becomes zeros; its page is not looked up.
-  __device__ void find_page_row(const TileDescriptor& tile, int key, int& x, int& y) const {
+  __device__ void find_page_row(const Tile& tile, int key, int& x, int& y) const {
     const RaggedBatch& ragged = params.ragged;
     const int slot = key & (ragged.page_size() - 1);
     const int filled = min(tile.k_len - (key - slot), ragged.page_size());

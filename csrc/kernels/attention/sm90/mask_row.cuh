@@ -16,6 +16,8 @@ struct MaskRow {
 
   __device__ bool keeps(int block) const { return __ldg(words + block / 32) >> (block % 32) & 1; }
 
+  __device__ static int chunk_of(int block) { return block / 1024; }
+
   __device__ static int chunks(int block_end) { return (block_end + 1023) / 1024; }
 
   __device__ uint32_t word(int chunk, int block_end) const {
@@ -25,6 +27,15 @@ struct MaskRow {
       return 0;
     }
     return __ldg(words + index) & (left >= 32 ? 0xffffffffu : (1u << left) - 1u);
+  }
+
+  // Blocks below `block_begin` are left out, too.
+  __device__ uint32_t word(int chunk, int block_begin, int block_end) const {
+    const int begin = block_begin - (chunk * 32 + static_cast<int>(threadIdx.x % 32)) * 32;
+    if (begin >= 32) {
+      return 0;
+    }
+    return word(chunk, block_end) & (begin <= 0 ? 0xffffffffu : 0xffffffffu << begin);
   }
 };
 

@@ -30,6 +30,9 @@ struct alignas(64) TileDescriptor {
   // The last key that row `row` of the tile may see.
   __device__ int last_key(int row) const { return min(first_position + row, k_len - 1); }
 
+  // Whether a box of a block that is kept has no key that some row may see.
+  __device__ bool leaves_out(int box) const { return box >= box_end; }
+
   __device__ int block_end(int boxes_per_block) const {
     return (box_end + boxes_per_block - 1) / boxes_per_block;
   }
@@ -56,5 +59,42 @@ struct alignas(64) TileDescriptor {
   }
 };
 static_assert(sizeof(TileDescriptor) == 64);
+
+// A tile whose rows may see a window of keys only: its last boxes have to be masked as well.
+struct WindowTileDescriptor : TileDescriptor {
+  int box_begin;          // boxes of keys before the first that some row may see
+  int block_begin;        // blocks of keys before the first that some row may see
+  int visible_end;        // blocks of keys before the first that no row may see
+  int window_first;       // first key of the first row's window; may be negative
+  int window_trip;        // the first of the key tiles to be masked at the window's start
+  uint32_t window_boxes;  // bit i stands for the box `box_begin` + i: kept, and to be masked there
+
+  __device__ bool leaves_out(int box) const { return box < box_begin || box >= box_end; }
+
+  // The first key that row `row` of the tile may see.
+  __device__ int first_visible(int row) const { return max(window_first + row, 0); }
+
+  // As above, all of them where every tile is to be masked at the window's start.
+  template <int kBoxes>
+  __device__ int masked_tiles() const {
+    return window_trip == 0 ? trips : TileDescriptor::masked_tiles<kBoxes>();
+  }
+
+  // As above. Without a mask: where all rows' windows have begun, and none ends within the width.
+  template <typename Config>
+  __device__ int first_key(int box) const {
+    uint32_t left = window_boxes;
+    for (int i = trips * Config::kBoxes - 1 - box; i > 0 && left != 0; --i) {
+      left &= left - 1;
+    }
+    if (left != 0) {
+      return (box_begin + __ffs(static_cast<int>(left)) - 1) * Config::kBoxN;
+    }
+    return box < padding_boxes + __popc(masked_boxes)
+               ? TileDescriptor::first_key<Config::kBoxN>(box)
+               : first_visible(Config::kTileM - 1);
+  }
+};
+static_assert(sizeof(WindowTileDescriptor) == 128);
 
 }  // namespace prism::sm90

@@ -8,7 +8,8 @@ First one sequence a length, whose tokens lie contiguous, packed or in shuffled 
 `vs_contiguous` is the share of the contiguous call's speed. Then a batch of the lengths in MIX,
 ragged and padded to the longest. Outputs are compared with the contiguous ones before anything is
 timed: where the same kernel computes them the same way they have to be equal bit by bit, else
-within 0.04. Figures are CUDA-graph replays of all layouts in turn (timing.py).
+within 0.04; an fp8 pool is compared with a bfloat16 pool of the same values. Figures are CUDA-graph
+replays of all layouts in turn (timing.py).
 
 Then whole prefill of that batch, estimation included, structured inputs, top-p 0.95: prefill of one
 sequence after the other, prefill of the batch padded to the longest, and prefill_varlen, in eager
@@ -40,6 +41,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 MIX = (16384, 9000, 5000, 2500, 1200, 700, 300, 131, 64, 1)
 PAGE_SIZES = (256, 128, 64, 32, 16, 8, 1)
 PARTS = ("attention", "ragged-prefill", "chunks")
+FP8_PAGE = 64  # tokens of a page of the fp8 pool
 Result = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
@@ -53,7 +55,13 @@ def ends(lengths: Sequence[int]) -> Tensor:
 
 
 def paged(
-    q: Tensor, k: Tensor, v: Tensor, mask: Result, length: int, size: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Result,
+    length: int,
+    size: int,
+    scales: dict[str, Tensor] | None = None,
 ) -> Callable[[], Result]:
     """The same tokens in shuffled pages."""
     pages = -(-length // size)
@@ -62,7 +70,8 @@ def paged(
     table[order] = torch.arange(pages, device=DEVICE)  # page `table[i]` of the pool holds page i
 
     def pool(x: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * size - length))
+        padded = x.new_zeros((pages * size, *x.shape[1:]))
+        padded[:length] = x
         return padded.unflatten(0, (pages, size))[order].contiguous()
 
     keys, values = pool(k), pool(v)
@@ -71,8 +80,15 @@ def paged(
     cu_seqlens = ends([length])
     return lambda: prism_cuda.sparse_attention_varlen(
         q, keys, values, *mask, cu_seqlens_q=cu_seqlens, seqused_k=used, block_table=numbers,
-        max_seqlen_q=length, max_seqlen_k=length, return_lse=True,
+        max_seqlen_q=length, max_seqlen_k=length, return_lse=True, **(scales or {}),
     )  # fmt: skip
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8 e4m3 of (L, H, D), and its scale (H,): powers of two, so that bfloat16 holds the
+    products exactly."""
+    scale = (x.abs().amax((0, 2)).float() / 448).log2().ceil().exp2()
+    return (x / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 def packed(
@@ -117,6 +133,13 @@ def one_sequence(length: int, density: float, options: argparse.Namespace) -> li
     for name, job in jobs.items():
         if name != "contiguous":
             check(name, job(), want, exactly=not name.endswith(("of 1", "of 2", "of 4")))
+    if FP8_PAGE in options.page_sizes:
+        (k8, k_scale), (v8, v_scale) = quantize(k), quantize(v)
+        exact = [(x.float() * s[:, None]).bfloat16() for x, s in ((k8, k_scale), (v8, v_scale))]
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        job = paged(q, k8, v8, mask, length, FP8_PAGE, scales)
+        check("fp8", job(), paged(q, *exact, mask, length, FP8_PAGE)(), exactly=False)
+        jobs[f"fp8, pages of {FP8_PAGE}"] = job
     times = time_jobs(jobs, options.budget_ms)
     return [
         {"L": length, "density": density, "layout": name, "ms": ms,

@@ -118,7 +118,10 @@ def call(op: Callable, *arguments: object) -> Any:
         return op(*arguments)
 
 
-def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
+def _fake_block_pool(
+    x: torch.Tensor, block_size: int, scale: torch.Tensor | None = None
+) -> torch.Tensor:
+    _check_devices("block_pool", x=x, scale=scale)
     _check_block_sizes("block_pool", block_size=block_size)
     batch, heads, length, head_dim = x.shape
     blocks = (length + block_size - 1) // block_size
@@ -126,9 +129,14 @@ def _fake_block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 def _fake_pool_append_(
-    x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
+    x: torch.Tensor,
+    means: torch.Tensor,
+    sums: torch.Tensor,
+    start: int,
+    block_size: int,
+    scale: torch.Tensor | None = None,
 ) -> None:
-    _check_devices("pool_append_", x=x, means=means, sums=sums)
+    _check_devices("pool_append_", x=x, means=means, sums=sums, scale=scale)
     _check_block_sizes("pool_append_", block_size=block_size)
 
 
@@ -168,7 +176,9 @@ def _fake_estimate_blocks(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    _check_devices("estimate_blocks", q=q, k=k, k_scale=k_scale)
     return _fake_estimate("estimate_blocks", q, k, q_block_size, k_block_size)
 
 
@@ -206,10 +216,11 @@ def _fake_estimate_blocks_varlen(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices(
         "estimate_blocks_varlen", q=q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        seqused_k=seqused_k, block_table=block_table,
+        seqused_k=seqused_k, block_table=block_table, k_scale=k_scale,
     )  # fmt: skip
     _check_block_sizes(
         "estimate_blocks_varlen", q_block_size=q_block_size, k_block_size=k_block_size
@@ -282,8 +293,13 @@ def _fake_sparse_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check_devices("sparse_attention", q=q, k=k, v=v, bits=bits, counts=counts, sinks=sinks)
+    _check_devices(
+        "sparse_attention", q=q, k=k, v=v, bits=bits, counts=counts, sinks=sinks, k_scale=k_scale,
+        v_scale=v_scale,
+    )  # fmt: skip
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -306,11 +322,13 @@ def _fake_sparse_attention_varlen(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices(
         "sparse_attention_varlen", q=q, k=k, v=v, bits=bits, counts=counts,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        block_table=block_table, sinks=sinks,
+        block_table=block_table, sinks=sinks, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     total_q, q_heads, _ = q.shape
     return torch.empty_like(q), q.new_empty((q_heads, total_q), dtype=torch.float32)
@@ -330,8 +348,10 @@ def _fake_prefill(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check_devices("prefill", q=q, k=k, v=v)
+    _check_devices("prefill", q=q, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
     _check_block_sizes("prefill", q_block_size=q_block_size, k_block_size=k_block_size)
     return (
         *_fake_sparse_attention(q, k, v, q, q),

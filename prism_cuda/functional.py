@@ -238,12 +238,15 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the blocks of ``mask`` only.
 
     Args:
-        q, k, v, scale, return_lse: as in :func:`prefill`.
+        q, k, v, scale, return_lse: as in :func:`prefill`, with D any multiple of 8 up to 256; k and
+            v may also both be float8_e4m3fn.
         mask: made for q's and k's lengths, on their device.
         causal: the mask's own setting if None.
         sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
@@ -251,6 +254,8 @@ def sparse_attention(
         softcap: scaled scores become softcap * tanh(score / softcap).
         window_left: a row sees its own position and so many keys before it only. Blocks that no
             row of a query block sees cost nothing, whatever the mask keeps.
+        k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
+            by, finite and above 0; None: 1. Only for fp8.
 
     Returns:
         out like q, or (out, lse).
@@ -281,6 +286,8 @@ def sparse_attention(
         sinks,
         softcap,
         window_left,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 

@@ -61,6 +61,8 @@ def run(
     causal: bool,
     scores: Scores = PLAIN,
     *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     exact_mask: bool = False,
     dense: str | None = None,
     layer_idx: int | None = None,
@@ -80,7 +82,7 @@ def run(
     bands = None if dense else bands
 
     def select() -> Selection:
-        return _select(q, k, where, bands, config, causal)
+        return _select(q, k, where, bands, config, causal, k_scale)
 
     def attend() -> tuple[torch.Tensor, torch.Tensor]:
         return _ops.call(
@@ -97,6 +99,8 @@ def run(
             scores.sinks,
             scores.softcap,
             scores.window_left,
+            k_scale,
+            v_scale,
         )
 
     if recorder is not None and recorder.times:
@@ -135,6 +139,7 @@ def _select(
     bands: HeadBands | None,
     config: PrismConfig,
     causal: bool,
+    k_scale: torch.Tensor | None,
 ) -> Selection:
     """Bits and counts for attention, which looks at no block that its rows do not see.
 
@@ -148,7 +153,7 @@ def _select(
             q.new_full((*rows, words), -1, dtype=torch.int32),
             q.new_full(rows, words * _bits.WORD_BITS, dtype=torch.int32),
         )
-    bits, counts = _estimate(q, k, where, bands, config, causal)
+    bits, counts = _estimate(q, k, where, bands, config, causal, k_scale)
     short = _short(where, config)[:, None, None]
     return (
         bits.masked_fill_(short[..., None], -1),
@@ -188,6 +193,7 @@ def _estimate(
     bands: HeadBands,
     config: PrismConfig,
     causal: bool,
+    k_scale: torch.Tensor | None,
 ) -> Selection:
     """Bits and counts by one estimation for every distinct setting among q's heads.
 
@@ -207,6 +213,7 @@ def _estimate(
             *selection.arguments(setting, config),
             causal,
             *config.block_sizes,
+            None if k_scale is None else k_scale[first:end],
         )
         wanted = [head - first * group for head in heads]
         return take(bits, wanted), take(counts, wanted)

@@ -24,10 +24,15 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
+def _scale_heads(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """x (B, H, N, D) times a scale (H,) of its heads."""
+    return x if scale is None else x * scale[:, None, None]
+
+
+def block_pool(x: torch.Tensor, block_size: int, scale: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of every block of tokens: (B, H, L, D) -> (B, H, ceil(L / block_size), D).
 
-    A ragged last block averages its real tokens only.
+    A ragged last block averages its real tokens only. The means are multiplied by scale (H,).
     """
     length = x.shape[2]
     blocks = -(-length // block_size)
@@ -37,11 +42,16 @@ def block_pool(x: torch.Tensor, block_size: int) -> torch.Tensor:
     sizes = torch.full((blocks, 1), block_size, dtype=sums.dtype, device=x.device)
     if blocks:
         sizes[-1] = length - (blocks - 1) * block_size
-    return sums / sizes
+    return _scale_heads(sums / sizes, scale)
 
 
 def pool_append_(
-    x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int, block_size: int
+    x: torch.Tensor,
+    means: torch.Tensor,
+    sums: torch.Tensor,
+    start: int,
+    block_size: int,
+    scale: torch.Tensor | None = None,
 ) -> None:
     """Continue the block means of a growing sequence, in place, reading its new tokens only.
 
@@ -53,6 +63,7 @@ def pool_append_(
             afterwards, the last of them of its tokens so far.
         sums: float32 (B, H, R, D): of the unfinished block, sum r of its tokens r, r + R, ... What
             it holds where ``start`` is a multiple of block_size does not matter.
+        scale: (H,), what the means are multiplied by; the sums are not.
     """
     length, residues = x.shape[2], sums.shape[2]
     if x.numel() == 0:
@@ -72,7 +83,7 @@ def pool_append_(
         total += part
     sizes = torch.full((steps[0], 1), block_size, dtype=total.dtype, device=x.device)
     sizes[-1] = block_size - after
-    means[:, :, first : last + 1] = total / sizes
+    means[:, :, first : last + 1] = _scale_heads(total / sizes, scale)
     if after:
         sums.copy_(partial[:, :, -1])
 
@@ -413,6 +424,8 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the kept (query block, key block) pairs, causal token by token.
 
@@ -424,6 +437,7 @@ def sparse_attention(
         sinks: (Hq,) logits that join the softmax denominators of their heads, without a value.
         softcap: scaled scores become softcap * tanh(score / softcap).
         window_left: a row sees its own position and so many keys before it only.
+        k_scale, v_scale: (Hkv,), what the keys and values of a head are multiplied by.
 
     Returns:
         out like q, and lse (B, Hq, q_len), the natural logarithm of the softmax denominator, sink
@@ -437,12 +451,15 @@ def sparse_attention(
     kept = _bits.unpack(bits, -(-k_len // k_block_size))
     token = torch.arange(k_len, device=q.device)
     k, v = k.to(dtype), v.to(dtype)
+    k_scales = [1.0] * kv_heads if k_scale is None else k_scale.tolist()
+    v_scales = [1.0] * kv_heads if v_scale is None else v_scale.tolist()
 
     out = torch.empty_like(q)
     lse = torch.empty(batch, q_heads, q_len, dtype=dtype, device=q.device)
     for b in range(batch):
         for h in range(q_heads):
-            k_head, v_head = k[b, h // group], v[b, h // group]
+            g = h // group
+            k_head, v_head = k[b, g], v[b, g]
             row_counts = counts[b, h].tolist()
             for i, start in enumerate(range(0, q_len, q_block_size)):
                 rows = slice(start, min(start + q_block_size, q_len))
@@ -454,7 +471,7 @@ def sparse_attention(
                     continue
                 first = start + k_len - q_len
                 block_out, block_lse = _attend(
-                    q[b, h, rows].to(dtype) * scale,
+                    q[b, h, rows].to(dtype) * (scale * k_scales[g]),
                     k_head.index_select(0, columns),
                     v_head.index_select(0, columns),
                     columns,
@@ -465,7 +482,7 @@ def sparse_attention(
                 )
                 if sinks is not None:
                     block_out, block_lse = _add_sink(block_out, block_lse, sinks[h].to(dtype))
-                out[b, h, rows] = block_out.to(q.dtype)
+                out[b, h, rows] = (block_out * v_scales[g]).to(q.dtype)
                 lse[b, h, rows] = block_lse
     return out, lse
 
@@ -550,6 +567,7 @@ def estimate_blocks_varlen(
     causal: bool = True,
     q_block_size: int = 128,
     k_block_size: int = 128,
+    k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`block_pool` and :func:`select_blocks` of every sequence of a ragged batch by itself.
 
@@ -569,7 +587,7 @@ def estimate_blocks_varlen(
         keys = _keys_of_sequence(k, b, cu_seqlens_k, seqused_k, block_table).transpose(0, 1)[None]
         of_sequence, of_sequence_counts = select_blocks(
             block_pool(queries, q_block_size),
-            block_pool(keys, k_block_size),
+            block_pool(keys, k_block_size, k_scale),
             queries.shape[2],
             keys.shape[2],
             high_band,
@@ -607,6 +625,8 @@ def sparse_attention_varlen(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`sparse_attention` of every sequence of a ragged batch by itself.
 
@@ -645,6 +665,8 @@ def sparse_attention_varlen(
             sinks,
             softcap,
             window_left,
+            k_scale,
+            v_scale,
         )
         out[rows] = of_sequence[0].transpose(0, 1)
         lse[:, rows] = of_sequence_lse[0]

@@ -29,6 +29,8 @@ def sparse_attention_varlen(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Block-sparse attention of sequences of different lengths, in one launch.
@@ -43,7 +45,7 @@ def sparse_attention_varlen(
             D a multiple of 8 up to 256. Any strides whose last is 1, as for k and v.
         k, v: packed like q, (total_k, Hkv, D) with cu_seqlens_k; or pools of pages,
             (pages, page_size, Hkv, D) with block_table, page_size a power of two up to 256. Hq is a
-            multiple of Hkv.
+            multiple of Hkv. q's dtype, or both float8_e4m3fn; q and out stay as they are.
         bits: int32 (B, Hq, Nq, ceil(Nk / 32)), the kept blocks: key block 32 * w + j is bit j of
             word w. Nq and Nk are the blocks of max_seqlen_q and max_seqlen_k. Blocks are counted
             from the first token of each sequence; those past its end are not looked at.
@@ -65,6 +67,8 @@ def sparse_attention_varlen(
         softcap: scaled scores become softcap * tanh(score / softcap).
         window_left: a row sees its own position and so many keys before it only. Blocks that no
             row of a query block sees cost nothing, whatever the mask keeps.
+        k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
+            by, finite and above 0; None: 1. Only for fp8.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
 
     Returns:
@@ -95,6 +99,8 @@ def sparse_attention_varlen(
         sinks,
         softcap,
         window_left,
+        k_scale,
+        v_scale,
     )
     return (out, lse) if return_lse else out
 
@@ -116,6 +122,8 @@ def prefill_varlen(
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -127,8 +135,8 @@ def prefill_varlen(
     one block (decode), keep every block, which is decided on the device.
 
     Args:
-        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D 64 or 128. Where
-            the bounds below or a window leave nothing to estimate, a multiple of 8 up to 256.
+        q: (total_q, Hq, D), already rotated; bf16 or fp16 (float32 too on CPU), D a multiple
+            of 8 up to 256.
         k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, k_scale, v_scale: as for
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
@@ -165,8 +173,9 @@ def prefill_varlen(
     scores = Scores(sinks, softcap, window_left)
     bands = selection.bands_of(q, config) if ragged.selects(where, config, scores) else None
     out, lse, bits, counts = ragged.run(
-        q, k, v, where, bands, config, scale, causal, scores, exact_mask=return_mask
-    )
+        q, k, v, where, bands, config, scale, causal, scores,
+        k_scale=k_scale, v_scale=v_scale, exact_mask=return_mask,
+    )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])
     return (out, *extras) if extras else out
 

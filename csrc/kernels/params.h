@@ -11,7 +11,7 @@
 
 namespace prism {
 
-enum class DType : int32_t { kFloat16, kBFloat16 };
+enum class DType : int32_t { kFloat16, kBFloat16, kFloat8E4M3 };
 
 constexpr int kMaxBandRanges = 8;
 constexpr int kMaxHeadDim = 256;
@@ -39,6 +39,7 @@ struct BlockPoolParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
+  const float* scale = nullptr;  // (heads): what the means are multiplied by; null: 1
 };
 
 // Rows of partial sums that continue the mean of an unfinished block, of one head.
@@ -58,6 +59,7 @@ struct AppendMeansParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
+  const float* scale = nullptr;  // (heads): what the means, not the sums, are multiplied by
 };
 
 // The dimensions of one RoPE frequency band, one bit a dimension.
@@ -113,9 +115,11 @@ struct SelectBlocksParams {
 // ragged batch, q and k are laid out as for attention.
 struct EstimatePoolParams {
   TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype or e4m3
   SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
   DType dtype;
+  bool k_is_fp8 = false;           // k is float8 e4m3
+  const float* k_scale = nullptr;  // (kv_heads): what k's means are multiplied by; null: 1
 };
 
 constexpr int kCellTokens = 16;  // queries, or keys, of a cell of the grid
@@ -162,8 +166,8 @@ struct EstimateGridParams {
 // k and v, or with pages (pages, kv_heads, page_size, head_dim); lse is (q_heads, total_q).
 struct SparseAttentionParams {
   TensorView q;                  // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;                  // (batch, kv_heads, k_len, head_dim), dtype
-  TensorView v;                  // (batch, kv_heads, k_len, head_dim), dtype
+  TensorView k;                  // (batch, kv_heads, k_len, head_dim), dtype or e4m3
+  TensorView v;                  // (batch, kv_heads, k_len, head_dim), as k
   TensorView out;                // (batch, q_heads, q_len, head_dim), dtype, rows 16-byte aligned
   float* lse;                    // (batch, q_heads, q_len), contiguous, natural logarithm
   const float* sinks = nullptr;  // (q_heads): logits added to the softmax denominator; null: none
@@ -184,6 +188,9 @@ struct SparseAttentionParams {
   bool causal;           // bottom-right aligned
   DType dtype;
   RaggedBatch ragged;
+  bool kv_is_fp8 = false;          // k and v are float8 e4m3
+  const float* k_scale = nullptr;  // (kv_heads): what fp8 keys are multiplied by; null: 1
+  const float* v_scale = nullptr;  // (kv_heads): what fp8 values are multiplied by; null: 1
 };
 
 }  // namespace prism

@@ -16,7 +16,7 @@ namespace {
 constexpr const char* kOp = "block_pool";
 
 #ifdef PRISM_WITH_CUDA
-Tensor block_pool_cuda(const Tensor& x, int64_t block_size) {
+Tensor block_pool_cuda(const Tensor& x, int64_t block_size, const std::optional<Tensor>& scale) {
   const CudaContext context(kOp, x);
   const NvtxRange range("prism.pool");
   Tensor means = new_empty(x, {x.size(0), x.size(1), ceil_div(x.size(2), block_size), x.size(3)},
@@ -30,6 +30,7 @@ Tensor block_pool_cuda(const Tensor& x, int64_t block_size) {
   params.head_dim = static_cast<int>(x.size(3));
   params.block_size = static_cast<int>(block_size);
   params.dtype = kernel_dtype(x);
+  params.scale = scale ? static_cast<const float*>(scale->data_ptr()) : nullptr;
   context.check(launch_block_pool(params, context.stream()));
   return means;
 }
@@ -37,14 +38,15 @@ Tensor block_pool_cuda(const Tensor& x, int64_t block_size) {
 
 }  // namespace
 
-Tensor block_pool(const Tensor& x, int64_t block_size) {
-  check_activation(kOp, "x", x);
+Tensor block_pool(const Tensor& x, int64_t block_size, const std::optional<Tensor>& scale) {
+  check_activation(kOp, "x", x, Fp8::kAllowed);
   check_block_size(kOp, "block_size", block_size);
+  check_head_scale(kOp, "scale", scale, "x", x, x.size(1));
   if (x.is_cpu()) {
-    return take_tensor(call_reference<1>(kOp, x, block_size)[0]);
+    return take_tensor(call_reference<1>(kOp, x, block_size, scale)[0]);
   }
 #ifdef PRISM_WITH_CUDA
-  return block_pool_cuda(x, block_size);
+  return block_pool_cuda(x, block_size, scale);
 #else
   fail_without_cuda(kOp);
 #endif

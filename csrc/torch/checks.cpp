@@ -44,16 +44,20 @@ void check_defined(const char* op, const char* name, const Tensor& tensor) {
   PRISM_CHECK(tensor.defined(), op, name, " is None; expected a tensor");
 }
 
+bool is_fp8(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float8_e4m3fn; }
+
 void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t dims,
-                 const char* shape) {
+                 const char* shape, Fp8 fp8) {
   check_defined(op, name, tensor);
   PRISM_CHECK(tensor.is_cpu() || tensor.is_cuda(), op, name, " is on ", device_string(tensor),
               "; allowed: cpu, cuda");
   const ScalarType dtype = tensor.scalar_type();
   const bool half = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-  PRISM_CHECK(half || (tensor.is_cpu() && dtype == ScalarType::Float), op, name, " has dtype ",
-              torch::headeronly::toString(dtype), " on ", device_string(tensor),
-              "; allowed: BFloat16, Half", tensor.is_cpu() ? ", Float" : "");
+  const bool allowed = half || (tensor.is_cpu() && dtype == ScalarType::Float) ||
+                       (fp8 == Fp8::kAllowed && is_fp8(tensor));
+  PRISM_CHECK(allowed, op, name, " has dtype ", torch::headeronly::toString(dtype), " on ",
+              device_string(tensor), "; allowed: BFloat16, Half", tensor.is_cpu() ? ", Float" : "",
+              fp8 == Fp8::kAllowed ? ", Float8_e4m3fn" : "");
   PRISM_CHECK(tensor.dim() == dims, op, name, " has shape ", shape_string(tensor), "; expected ",
               dims, " dimensions: ", shape);
   const int64_t head_dim = tensor.size(dims - 1);
@@ -63,8 +67,8 @@ void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t
               tensor.stride(dims - 1), "; expected 1 (head_dim elements adjacent)");
 }
 
-void check_activation(const char* op, const char* name, const Tensor& tensor) {
-  check_heads(op, name, tensor, 4, "(batch, heads, length, head_dim)");
+void check_activation(const char* op, const char* name, const Tensor& tensor, Fp8 fp8) {
+  check_heads(op, name, tensor, 4, "(batch, heads, length, head_dim)", fp8);
   PRISM_CHECK(tensor.size(2) <= kMaxLength, op, name, " has length ", tensor.size(2),
               "; allowed: at most ", kMaxLength);
 }
@@ -92,14 +96,23 @@ void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* 
               kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name, "'s heads");
 }
 
-void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
+void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q,
+                  Fp8 fp8) {
   check_same_device(op, name, tensor, "q", q);
-  PRISM_CHECK(tensor.scalar_type() == q.scalar_type(), op, name, " has dtype ",
+  const bool same = tensor.scalar_type() == q.scalar_type();
+  PRISM_CHECK(same || (fp8 == Fp8::kAllowed && is_fp8(tensor)), op, name, " has dtype ",
               torch::headeronly::toString(tensor.scalar_type()), "; expected q's, ",
-              torch::headeronly::toString(q.scalar_type()));
+              torch::headeronly::toString(q.scalar_type()),
+              fp8 == Fp8::kAllowed ? ", or Float8_e4m3fn" : "");
   const int64_t head_dim = tensor.size(tensor.dim() - 1);
   PRISM_CHECK(head_dim == q.size(q.dim() - 1), op, name, " has head_dim ", head_dim,
               "; expected q's, ", q.size(q.dim() - 1));
+}
+
+void check_v_dtype(const char* op, const Tensor& k, const Tensor& v) {
+  PRISM_CHECK(v.scalar_type() == k.scalar_type(), op, "v has dtype ",
+              torch::headeronly::toString(v.scalar_type()), "; expected k's, ",
+              torch::headeronly::toString(k.scalar_type()));
 }
 
 namespace {
@@ -111,21 +124,22 @@ void check_batch(const char* op, const char* name, const Tensor& tensor, const T
 
 }  // namespace
 
-void check_qk(const char* op, const Tensor& q, const Tensor& k) {
+void check_qk(const char* op, const Tensor& q, const Tensor& k, Fp8 fp8) {
   check_activation(op, "q", q);
-  check_activation(op, "k", k);
-  check_like_q(op, "k", k, q);
+  check_activation(op, "k", k, fp8);
+  check_like_q(op, "k", k, q, fp8);
   check_batch(op, "k", k, q);
   check_gqa(op, "q", q.size(1), "k", k.size(1));
 }
 
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_activation(op, "q", q);
-  check_activation(op, "k", k);
-  check_activation(op, "v", v);
-  check_like_q(op, "k", k, q);
+  check_activation(op, "k", k, Fp8::kAllowed);
+  check_activation(op, "v", v, Fp8::kAllowed);
+  check_like_q(op, "k", k, q, Fp8::kAllowed);
   check_batch(op, "k", k, q);
-  check_like_q(op, "v", v, q);
+  check_like_q(op, "v", v, q, Fp8::kAllowed);
+  check_v_dtype(op, k, v);
   check_batch(op, "v", v, q);
   PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ", shape_string(v),
               "; expected k's, ", shape_string(k));
@@ -203,6 +217,27 @@ void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tenso
               torch::headeronly::toString(sinks->scalar_type()), "; expected Float (float32)");
   check_shape(op, "sinks", *sinks, {q_heads}, "(q_heads)");
   PRISM_CHECK(sinks->is_contiguous(), op, "sinks is not contiguous; expected contiguous");
+}
+
+void check_head_scale(const char* op, const char* name, const std::optional<Tensor>& scale,
+                      const char* x_name, const Tensor& x, int64_t heads) {
+  if (!scale) {
+    return;
+  }
+  PRISM_CHECK(is_fp8(x), op, name, " is given but ", x_name, " has dtype ",
+              torch::headeronly::toString(x.scalar_type()), "; expected None, or ", x_name,
+              " in Float8_e4m3fn");
+  check_same_device(op, name, *scale, x_name, x);
+  PRISM_CHECK(scale->scalar_type() == ScalarType::Float, op, name, " has dtype ",
+              torch::headeronly::toString(scale->scalar_type()), "; expected Float (float32)");
+  check_shape(op, name, *scale, {heads}, "a scale for each head");
+  PRISM_CHECK(scale->is_contiguous(), op, name, " is not contiguous; expected contiguous");
+}
+
+void check_kv_scales(const char* op, const Tensor& k, const Tensor& v, int64_t kv_heads,
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
+  check_head_scale(op, "k_scale", k_scale, "k", k, kv_heads);
+  check_head_scale(op, "v_scale", v_scale, "v", v, kv_heads);
 }
 
 ScoreOptions check_scores(const char* op, std::optional<double> softcap,

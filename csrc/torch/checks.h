@@ -39,23 +39,30 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 std::string shape_string(const Tensor& tensor);
 
+enum class Fp8 { kRefused, kAllowed };
+
 // A tensor of `dims` dimensions, `shape` in words, whose last is head_dim: on a device that there
-// are kernels for, with unit last stride, bfloat16 or float16 (and float32 on the CPU).
+// are kernels for, with unit last stride, bfloat16 or float16 (and float32 on the CPU), or
+// float8 e4m3 where that is allowed.
 void check_heads(const char* op, const char* name, const Tensor& tensor, int64_t dims,
-                 const char* shape);
+                 const char* shape, Fp8 fp8 = Fp8::kRefused);
 
 // q, k or v: (batch, heads, length, head_dim) with unit last stride, bfloat16 or float16 (and
 // float32 on the CPU), a
 // head_dim that is a multiple of 8 up to 256.
-void check_activation(const char* op, const char* name, const Tensor& tensor);
+void check_activation(const char* op, const char* name, const Tensor& tensor,
+                      Fp8 fp8 = Fp8::kRefused);
+
+bool is_fp8(const Tensor& tensor);  // float8 e4m3
 
 // The head_dim of an activation whose blocks are to be estimated on the grid.
 void check_grid_head_dim(const char* op, const char* name, const Tensor& tensor);
 
 // q and k of one call: one device and dtype, agreeing shapes, whole GQA groups.
-void check_qk(const char* op, const Tensor& q, const Tensor& k);
+void check_qk(const char* op, const Tensor& q, const Tensor& k, Fp8 fp8 = Fp8::kRefused);
 
-// q, k, v of one call: one device and dtype, agreeing shapes, whole GQA groups.
+// q, k, v of one call: one device, agreeing shapes, whole GQA groups; k and v of one dtype, q's or
+// float8 e4m3.
 void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v);
 
 // q and kv head counts, for messages that name the tensors they come from.
@@ -104,6 +111,15 @@ ScoreOptions check_scores(const char* op, std::optional<double> softcap,
 void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tensor& q,
                  int64_t q_heads);
 
+// What the fp8 tensor `x` is multiplied by: float32 (heads), contiguous, beside x. No other dtype
+// has a scale.
+void check_head_scale(const char* op, const char* name, const std::optional<Tensor>& scale,
+                      const char* x_name, const Tensor& x, int64_t heads);
+
+// The scales of k and of v, which both have this many heads.
+void check_kv_scales(const char* op, const Tensor& k, const Tensor& v, int64_t kv_heads,
+                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale);
+
 // A tensor of exactly `shape`.
 void check_shape(const char* op, const char* name, const Tensor& tensor,
                  const std::vector<int64_t>& shape, const char* meaning);
@@ -111,8 +127,12 @@ void check_shape(const char* op, const char* name, const Tensor& tensor,
 // An int32 tensor.
 void check_int32(const char* op, const char* name, const Tensor& tensor);
 
-// k or v, which have device, dtype and head_dim in common with q.
-void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q);
+// k or v, which have device, dtype (but for fp8) and head_dim in common with q.
+void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q,
+                  Fp8 fp8 = Fp8::kRefused);
+
+// v, which has k's dtype.
+void check_v_dtype(const char* op, const Tensor& k, const Tensor& v);
 
 // An int32 tensor of exactly `shape`, contiguous.
 void check_int_tensor(const char* op, const char* name, const Tensor& tensor,

@@ -99,7 +99,14 @@ Tensor new_empty_like(const Tensor& tensor) {
 }
 
 DType kernel_dtype(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Half ? DType::kFloat16 : DType::kBFloat16;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return DType::kFloat8E4M3;
+    default:
+      return DType::kBFloat16;
+  }
 }
 
 TensorView view(const Tensor& tensor) { return view(tensor, 0, 1, 2); }

@@ -23,7 +23,8 @@ constexpr const char* kOp = "estimate_blocks_varlen";
 std::tuple<Tensor, Tensor> estimate_blocks_varlen_cuda(const Tensor& q, const Tensor& k,
                                                        const RaggedShape& batch,
                                                        const RaggedBatch& ragged,
-                                                       const SelectionSettings& settings) {
+                                                       const SelectionSettings& settings,
+                                                       const std::optional<Tensor>& k_scale) {
   const CudaContext context(kOp, q);
   const NvtxRange range("prism.estimate");
   Selection selection =
@@ -38,6 +39,8 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen_cuda(const Tensor& q, const Te
   params.k = ragged_view(k);
   params.select = selection.params;
   params.dtype = kernel_dtype(q);
+  params.k_is_fp8 = is_fp8(k);
+  params.k_scale = k_scale ? static_cast<const float*>(k_scale->data_ptr()) : nullptr;
   context.check(launch_estimate_pool(params, context.stream()));
   context.check(launch_select_blocks(selection.params, context.sm(), context.stream()));
   return {selection.bits, selection.counts};
@@ -52,9 +55,10 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen(
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
     const std::vector<int64_t>& high_band, const std::vector<int64_t>& low_band, double top_p,
     int64_t keep_sink, int64_t keep_recent, std::optional<double> keep_above, bool causal,
-    int64_t q_block_size, int64_t k_block_size) {
+    int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& k_scale) {
   const RaggedShape batch = check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k,
                                          seqused_k, block_table, max_seqlen_q, max_seqlen_k);
+  check_head_scale(kOp, "k_scale", k_scale, "k", k, batch.kv_heads);
   check_block_sizes(kOp, q_block_size, k_block_size);
   [[maybe_unused]] const SelectionBands bands = check_selection(
       kOp, high_band, low_band, batch.head_dim, top_p, keep_sink, keep_recent, keep_above);
@@ -62,14 +66,15 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen(
     const auto outputs =
         call_reference<2>(kOp, q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
                           max_seqlen_q, max_seqlen_k, high_band, low_band, top_p, keep_sink,
-                          keep_recent, keep_above, causal, q_block_size, k_block_size);
+                          keep_recent, keep_above, causal, q_block_size, k_block_size, k_scale);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
   return estimate_blocks_varlen_cuda(
       q, k, batch, make_ragged(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table),
       {max_seqlen_q, max_seqlen_k, bands, top_p, keep_sink, keep_recent, keep_above, causal,
-       q_block_size, k_block_size});
+       q_block_size, k_block_size},
+      k_scale);
 #else
   fail_without_cuda(kOp);
 #endif

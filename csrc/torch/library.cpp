@@ -4,10 +4,10 @@
 #include "torch/ops.h"
 
 STABLE_TORCH_LIBRARY(prism, m) {
-  m.def("block_pool(Tensor x, int block_size) -> Tensor");
+  m.def("block_pool(Tensor x, int block_size, Tensor? scale=None) -> Tensor");
   m.def(
-      "pool_append_(Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size) "
-      "-> ()");
+      "pool_append_(Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size, "
+      "Tensor? scale=None) -> ()");
   m.def(
       "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
       "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
@@ -17,13 +17,13 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "estimate_blocks(Tensor q, Tensor k, int[] high_band, int[] low_band, float top_p, "
       "int keep_sink=1, int keep_recent=1, float? keep_above=None, bool causal=True, int "
       "q_block_size=128, "
-      "int k_block_size=128) -> (Tensor bits, Tensor counts)");
+      "int k_block_size=128, Tensor? k_scale=None) -> (Tensor bits, Tensor counts)");
   m.def(
       "estimate_blocks_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
       "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
       "int[] high_band, int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, "
-      "float? keep_above=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
-      "-> (Tensor bits, Tensor counts)");
+      "float? keep_above=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
+      "Tensor? k_scale=None) -> (Tensor bits, Tensor counts)");
   m.def(
       "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
       "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
@@ -37,23 +37,24 @@ STABLE_TORCH_LIBRARY(prism, m) {
   m.def(
       "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
-      "Tensor? sinks=None, float? softcap=None, int? window_left=None) "
-      "-> (Tensor out, Tensor lse)");
+      "Tensor? sinks=None, float? softcap=None, int? window_left=None, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
   m.def(
       "sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
       "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, bool causal=True, "
       "int q_block_size=128, int k_block_size=128, Tensor? sinks=None, float? softcap=None, "
-      "int? window_left=None) -> (Tensor out, Tensor lse)");
+      "int? window_left=None, Tensor? k_scale=None, Tensor? v_scale=None) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
       "int keep_sink=1, int keep_recent=1, float? keep_above=None, float? scale=None, bool "
       "causal=True, "
-      "int q_block_size=128, int k_block_size=128) "
+      "int q_block_size=128, int k_block_size=128, Tensor? k_scale=None, Tensor? v_scale=None) "
       "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
   m.def(
       "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
-      "int k_block_size=128) -> str");
+      "int k_block_size=128, bool fp8=False, bool score_options=False) -> str");
   m.def("build_config() -> str");
 }
 

@@ -27,11 +27,13 @@ void check_state(const char* name, const Tensor& state, const Tensor& x) {
 
 }  // namespace
 
-void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size) {
-  check_activation(kOp, "x", x);
+void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size,
+                  const std::optional<Tensor>& scale) {
+  check_activation(kOp, "x", x, Fp8::kAllowed);
   check_state("means", means, x);
   check_state("sums", sums, x);
   check_block_size(kOp, "block_size", block_size);
+  check_head_scale(kOp, "scale", scale, "x", x, x.size(1));
   PRISM_CHECK(start >= 0, kOp, "start is ", start, "; allowed: 0 or more tokens");
   PRISM_CHECK(x.size(2) <= means.size(2) * block_size - start, kOp, "means has ", means.size(2),
               " blocks; expected at least ceil((start + length of x) / block_size) = ceil((", start,
@@ -42,7 +44,7 @@ void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int
   PRISM_CHECK(means.data_ptr() != sums.data_ptr() || means.numel() == 0, kOp,
               "means and sums are the same memory; expected two tensors");
   if (x.is_cpu()) {
-    call_reference<0>(kOp, x, means, sums, start, block_size);
+    call_reference<0>(kOp, x, means, sums, start, block_size, scale);
     return;
   }
 #ifdef PRISM_WITH_CUDA
@@ -60,6 +62,7 @@ void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int
   params.head_dim = static_cast<int>(x.size(3));
   params.block_size = static_cast<int>(block_size);
   params.dtype = kernel_dtype(x);
+  params.scale = scale ? static_cast<const float*>(scale->data_ptr()) : nullptr;
   context.check(launch_append_means(params, context.stream()));
 #else
   fail_without_cuda(kOp);

@@ -59,13 +59,14 @@ RaggedShape check_ragged(const char* op, const Tensor& q, const Tensor& k, const
   const char* kv_shape =
       block_table ? "(pages, page_size, kv_heads, head_dim)" : "(total_k, kv_heads, head_dim)";
   check_heads(op, "q", q, 3, "(total_q, q_heads, head_dim)");
-  check_heads(op, "k", k, kv_dims, kv_shape);
+  check_heads(op, "k", k, kv_dims, kv_shape, Fp8::kAllowed);
   if (v != nullptr) {
-    check_heads(op, "v", *v, kv_dims, kv_shape);
+    check_heads(op, "v", *v, kv_dims, kv_shape, Fp8::kAllowed);
   }
-  check_like_q(op, "k", k, q);
+  check_like_q(op, "k", k, q, Fp8::kAllowed);
   if (v != nullptr) {
-    check_like_q(op, "v", *v, q);
+    check_like_q(op, "v", *v, q, Fp8::kAllowed);
+    check_v_dtype(op, k, *v);
     const auto k_sizes = k.sizes();
     check_shape(op, "v", *v, {k_sizes.data(), k_sizes.data() + k_sizes.size()}, "k's shape");
   }

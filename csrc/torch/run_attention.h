@@ -12,6 +12,10 @@ namespace prism {
 // An output like q, with unit last stride.
 Tensor make_output(const Tensor& q);
 
+// What the kernels need to know of fp8 k and v.
+void set_fp8(const Tensor& k, const std::optional<Tensor>& k_scale,
+             const std::optional<Tensor>& v_scale, SparseAttentionParams& params);
+
 // Chooses a kernel, allocates its workspace beside q and launches it.
 void run_attention(const char* op, const CudaContext& context, const Tensor& q,
                    SparseAttentionParams& params);

@@ -26,6 +26,13 @@ Tensor make_output(const Tensor& q) {
   return out;
 }
 
+void set_fp8(const Tensor& k, const std::optional<Tensor>& k_scale,
+             const std::optional<Tensor>& v_scale, SparseAttentionParams& params) {
+  params.kv_is_fp8 = is_fp8(k);
+  params.k_scale = k_scale ? static_cast<const float*>(k_scale->data_ptr()) : nullptr;
+  params.v_scale = v_scale ? static_cast<const float*>(v_scale->data_ptr()) : nullptr;
+}
+
 void run_attention(const char* op, const CudaContext& context, const Tensor& q,
                    SparseAttentionParams& params) {
   const NvtxRange range("prism.attention");
@@ -47,12 +54,11 @@ void run_attention(const char* op, const CudaContext& context, const Tensor& q,
 
 namespace {
 
-std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                 const Tensor& bits, const Tensor& counts,
-                                                 double scale, bool causal, int64_t q_block_size,
-                                                 int64_t k_block_size,
-                                                 const std::optional<Tensor>& sinks,
-                                                 const ScoreOptions& scores) {
+std::tuple<Tensor, Tensor> sparse_attention_cuda(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
+    double scale, bool causal, int64_t q_block_size, int64_t k_block_size,
+    const std::optional<Tensor>& sinks, const ScoreOptions& scores,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   const CudaContext context(kOp, q);
   Tensor out = make_output(q);
   Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
@@ -78,6 +84,7 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
   params.window_left = scores.window_left;
   params.causal = causal;
   params.dtype = kernel_dtype(q);
+  set_fp8(k, k_scale, v_scale, params);
   run_attention(kOp, context, q, params);
   return {out, lse};
 }
@@ -86,13 +93,12 @@ std::tuple<Tensor, Tensor> sparse_attention_cuda(const Tensor& q, const Tensor& 
 
 #endif
 
-std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& bits, const Tensor& counts,
-                                            std::optional<double> scale, bool causal,
-                                            int64_t q_block_size, int64_t k_block_size,
-                                            const std::optional<Tensor>& sinks,
-                                            std::optional<double> softcap,
-                                            std::optional<int64_t> window_left) {
+std::tuple<Tensor, Tensor> sparse_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
+    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size,
+    const std::optional<Tensor>& sinks, std::optional<double> softcap,
+    std::optional<int64_t> window_left, const std::optional<Tensor>& k_scale,
+    const std::optional<Tensor>& v_scale) {
   check_qkv(kOp, q, k, v);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_same_device(kOp, "bits", bits, "q", q);
@@ -104,24 +110,26 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
   check_int_tensor(kOp, "counts", counts, {q.size(0), q.size(1), q_blocks},
                    "(batch, q_heads, q_blocks)");
   check_sinks(kOp, sinks, q, q.size(1));
+  check_kv_scales(kOp, k, v, k.size(1), k_scale, v_scale);
   const double softmax_scale = check_scale(kOp, scale, q.size(3));
   [[maybe_unused]] const ScoreOptions scores = check_scores(kOp, softcap, window_left, k.size(2));
   if (q.is_cpu()) {
     const std::optional<double> resolved = softmax_scale;
-    const auto outputs = call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal,
-                                           q_block_size, k_block_size, sinks, softcap, window_left);
+    const auto outputs =
+        call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal, q_block_size, k_block_size,
+                          sinks, softcap, window_left, k_scale, v_scale);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
   return sparse_attention_cuda(q, k, v, bits, counts, softmax_scale, causal, q_block_size,
-                               k_block_size, sinks, scores);
+                               k_block_size, sinks, scores, k_scale, v_scale);
 #else
   fail_without_cuda(kOp);
 #endif
 }
 
 std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
-                             int64_t k_block_size) {
+                             int64_t k_block_size, bool fp8, bool score_options) {
   if (dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
     return "unsupported: dtype must be BFloat16 or Half";
   }
@@ -130,9 +138,11 @@ std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int
 #else
   const bool has_sm90 = false;
 #endif
-  return choose_attention_kernel(
-             {static_cast<int>(sm), head_dim, q_block_size, k_block_size, has_sm90, /*tma=*/true})
-      .name;
+  AttentionTraits traits{static_cast<int>(sm), head_dim, q_block_size,
+                         k_block_size,         has_sm90, /*tma=*/true};
+  traits.fp8 = fp8;
+  traits.score_options = score_options;
+  return choose_attention_kernel(traits).name;
 }
 
 }  // namespace prism

@@ -33,12 +33,14 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
     const std::optional<Tensor>& seqused_k, const std::optional<Tensor>& block_table,
     int64_t max_seqlen_q, int64_t max_seqlen_k, std::optional<double> scale, bool causal,
     int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& sinks,
-    std::optional<double> softcap, std::optional<int64_t> window_left) {
+    std::optional<double> softcap, std::optional<int64_t> window_left,
+    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   const RaggedShape batch = check_ragged(kOp, q, k, &v, cu_seqlens_q, cu_seqlens_k, seqused_k,
                                          block_table, max_seqlen_q, max_seqlen_k);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_mask(q, bits, counts, batch, q_block_size, k_block_size);
   check_sinks(kOp, sinks, q, batch.q_heads);
+  check_kv_scales(kOp, k, v, batch.kv_heads, k_scale, v_scale);
   const double softmax_scale = check_scale(kOp, scale, batch.head_dim);
   [[maybe_unused]] const ScoreOptions scores =
       check_scores(kOp, softcap, window_left, max_seqlen_k);
@@ -47,7 +49,7 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
     const auto outputs =
         call_reference<2>(kOp, q, k, v, bits, counts, cu_seqlens_q, cu_seqlens_k, seqused_k,
                           block_table, max_seqlen_q, max_seqlen_k, resolved, causal, q_block_size,
-                          k_block_size, sinks, softcap, window_left);
+                          k_block_size, sinks, softcap, window_left, k_scale, v_scale);
     return {take_tensor(outputs[0]), take_tensor(outputs[1])};
   }
 #ifdef PRISM_WITH_CUDA
@@ -76,6 +78,7 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
   params.window_left = scores.window_left;
   params.causal = causal;
   params.dtype = kernel_dtype(q);
+  set_fp8(k, k_scale, v_scale, params);
   params.ragged = make_ragged(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table);
   run_attention(kOp, context, q, params);
   return {out, lse};

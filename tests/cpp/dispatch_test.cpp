@@ -60,6 +60,17 @@ int main() {
     expect(kernel(traits) == "sm90", "a head_dim in between is padded");
   }
   traits = hopper;
+  traits.score_options = true;
+  expect(kernel(traits) == "sm90", "softcap and windows have a Hopper kernel");
+  traits = hopper;
+  traits.fp8 = true;
+  expect(kernel(traits) == "sm90", "fp8 keys and values have a Hopper kernel");
+  traits.head_dim = 136;
+  expect(kernel(traits) == "sm80", "not beyond head_dim 128");
+  traits = hopper;
+  traits.fp8 = traits.score_options = true;
+  expect(kernel(traits) == "sm80", "nor with softcap or windows");
+  traits = hopper;
   traits.sm = 75;
   expect(refuses(traits, "capability"), "an old GPU is refused by its capability");
   traits = hopper;
@@ -77,6 +88,12 @@ int main() {
   view.row_stride = 128;
   view.data = memory + 2;
   expect(!prism::tma_compatible(view), "an unaligned start does not");
+
+  view = {memory, 1024, 512, 72};
+  expect(prism::tma_compatible(view, 2), "rows of 72 elements suit TMA if they are 16-bit");
+  expect(!prism::tma_compatible(view, 1), "and do not if they are fp8");
+  view.row_stride = 80;
+  expect(prism::tma_compatible(view, 1), "80 bytes do");
 
   prism::RaggedBatch ragged;
   const int32_t table[1] = {};
@@ -108,6 +125,7 @@ int main() {
   expect(prism::kv_section(8192, 128, 16, kL2) == 8, "ten heads of 4 MB fit: two sections of 8");
   expect(prism::kv_section(4096, 128, 8, kL2) == 8, "a section has no more heads than there are");
   expect(prism::kv_section(131072, 128, 8, kL2) == 1, "a head that does not fit runs alone");
+  expect(prism::kv_section(8192, 128, 16, kL2, 1) == 16, "fp8 takes half the room");
   expect(prism::kv_section(0, 128, 8, kL2) == 8, "no keys take no room");
   std::printf("%s\n", failures == 0 ? "dispatch: all as expected" : "dispatch: failures");
   return failures == 0 ? 0 : 1;

@@ -26,12 +26,18 @@ class AttentionInputs:
 
 
 def attention_inputs(
-    case: AttentionCase, dtype: torch.dtype, device: str, seed: int = 0
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
 ) -> AttentionInputs:
+    """q in `dtype`, k and v in `kv_dtype` if it is given."""
+
     def make(heads: int, length: int, offset: int) -> Tensor:
         return inputs.tensor(
             (case.batch, heads, length, case.head_dim),
-            dtype,
+            dtype if offset == 0 else kv_dtype or dtype,
             device,
             seed=seed + offset,
             kind=case.values,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from helpers import inputs, oracle
+from helpers import fp8, inputs, oracle
 from helpers.cases import B128, B128_64
 from helpers.oracle import Attention
 
@@ -111,13 +111,14 @@ class RaggedInputs:
     mask: Tensor  # (B, Hq, Nq, Nk) bool
     tensors: dict[str, Any]  # the op's other tensors and lengths, by name
     settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
+    scales: dict[str, Tensor] = field(default_factory=dict)  # k_scale and v_scale of fp8
     keys: list[Tensor] = field(default_factory=list)  # (Hkv, k_len, D) of every sequence
     values: list[Tensor] = field(default_factory=list)
 
     def op_arguments(self) -> dict[str, Any]:
         bits, counts = oracle.pack_bits(self.mask)
         arguments = {"q": self.q, "k": self.k, "v": self.v, "bits": bits, "counts": counts}
-        return arguments | self.tensors | self.settings
+        return arguments | self.tensors | self.settings | self.scales
 
     def rows(self) -> list[slice]:
         ends = self.tensors["cu_seqlens_q"].tolist()
@@ -172,8 +173,9 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
     }
     for i, name in enumerate("kv"):
         shape = (len(filled), size, case.kv_heads, case.head_dim)
-        x = inputs.values(shape, "normal", dtype, seed + i)
+        x = inputs.values(shape, "normal", dtype, seed + i).float()
         x[~filled] = torch.nan
+        x = x.to(dtype)
         if case.heads_first:
             x = x.transpose(1, 2).contiguous().transpose(1, 2)
         made[name + "_parts"] = [
@@ -191,12 +193,21 @@ def _rows(
     return inputs.tensor((1, *shape), dtype, device, seed=seed, layout=layout)[0]
 
 
-def ragged_inputs(case: RaggedCase, dtype: torch.dtype, device: str, seed: int = 0) -> RaggedInputs:
+def ragged_inputs(
+    case: RaggedCase,
+    dtype: torch.dtype,
+    device: str,
+    seed: int = 0,
+    kv_dtype: torch.dtype | None = None,
+) -> RaggedInputs:
+    """q in `dtype`, k and v in `kv_dtype` if it is given: fp8 ones get scales."""
     q_lengths = [q_len for q_len, _ in case.lengths]
     max_q = max(q_lengths) + case.slack[0]
     max_k = max(k_len for _, k_len in case.lengths) + case.slack[1]
     shape = (sum(q_lengths), case.q_heads, case.head_dim)
-    made = (_packed if case.page_size is None else _paged)(case, dtype, device, seed + 1)
+    make = _packed if case.page_size is None else _paged
+    made = make(case, kv_dtype or dtype, device, seed + 1)
+    has_scales = kv_dtype == fp8.FP8
     mask = inputs.block_mask(
         case.mask, len(case.lengths), case.q_heads, max_q, max_k, case.blocks, False, device, seed
     )
@@ -223,6 +234,7 @@ def ragged_inputs(case: RaggedCase, dtype: torch.dtype, device: str, seed: int =
             "softcap": case.softcap,
             "window_left": case.window_left,
         },
+        scales=fp8.scales(case.kv_heads, device, seed) if has_scales else {},
         keys=made["k_parts"],
         values=made["v_parts"],
     )
@@ -248,8 +260,13 @@ def expected(case: RaggedInputs) -> tuple[Attention, Tensor]:
         q_blocks = oracle.ceil_div(q.shape[2], q_size)
         k_blocks = oracle.ceil_div(k.shape[2], k_size)
         mask = case.mask[b : b + 1, :, :q_blocks, :k_blocks]
-        results.append(oracle.attention(q, k, v, mask, **case.settings))
-        plains.append(oracle.low_precision_attention(q, k, v, mask, **case.settings))
+        if case.scales:
+            result, plain = fp8.attention(q, k, v, mask, **case.scales, **case.settings)
+        else:
+            result = oracle.attention(q, k, v, mask, **case.settings)
+            plain = oracle.low_precision_attention(q, k, v, mask, **case.settings)
+        results.append(result)
+        plains.append(plain)
     want = Attention(
         *(
             torch.cat([getattr(r, name) for r in results], dim=2)

@@ -192,3 +192,24 @@ def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
 
 def estimate_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
     return ragged_call(call_of(selects=True), paged, "q", "k")
+
+
+def fp8_call(
+    base: Callable[[Right, str], Arguments], names: tuple[str, ...], scales: tuple[str, ...]
+) -> Callable[[Right, str], Arguments]:
+    """The same call with these tensors in float8 e4m3, and scales for their heads."""
+
+    def build(sizes: Right, device: str) -> Arguments:
+        arguments = base(sizes, device)
+        of_x = sizes.q_heads if names == ("x",) else sizes.kv_heads
+        return (
+            arguments
+            | {name: arguments[name].to(torch.float8_e4m3fn) for name in names}
+            | {name: torch.ones(of_x, device=device) for name in scales}
+        )
+
+    return build
+
+
+def block_pool_call(sizes: Right, device: str) -> Arguments:
+    return {"x": tensors(sizes, device)["q"], "block_size": sizes.blocks[0]}

@@ -20,13 +20,14 @@ from helpers.right_calls import (
     RIGHT,
     Arguments,
     Right,
+    block_pool_call,
     call_of,
     estimate_varlen_call,
+    fp8_call,
     pool_append_call,
     pool_cells_call,
     select_blocks_call,
     select_grid_call,
-    tensors,
     varlen_call,
 )
 
@@ -157,6 +158,13 @@ def divides_q(n: int, site: Site) -> bool:
 NOT_A_TENSOR = other_type("x", 3, 0.5, [1, 2], {}, torch.float32)
 ABSENT = one_of(lambda _: [None])
 HALVES = (torch.bfloat16, torch.float16)
+NOT_HALF = dtypes(*HALVES)
+NOT_HALF_NOR_FP8 = dtypes(*HALVES, torch.float8_e4m3fn)
+NOT_FP8 = dtypes(torch.float8_e4m3fn)
+
+
+def may_be_fp8(*mutations: Mutation) -> tuple[Mutation, ...]:
+    return tuple(NOT_HALF_NOR_FP8 if mutate is NOT_HALF else mutate for mutate in mutations)
 
 
 def activation(
@@ -164,7 +172,7 @@ def activation(
 ) -> tuple[Mutation, ...]:
     """(B, H, L, D), or other dimensions before D, on its own."""
     return (
-        dtypes(*HALVES),
+        NOT_HALF,
         rank,
         size(dims - 1, head_dim),
         last_stride,
@@ -258,6 +266,14 @@ def given(draw: Draw, site: Site) -> torch.Tensor:
     shape = draw(st.lists(st.integers(0, 5), max_size=3))
     return site.arguments["cu_seqlens_q"].new_zeros(shape)
 
+
+def scale_of_halves(draw: Draw, site: Site) -> torch.Tensor:
+    """A scale where k and v are not fp8."""
+    like = next(x for x in site.arguments.values() if isinstance(x, torch.Tensor))
+    return torch.ones(draw(st.integers(0, 8)), device=like.device)
+
+
+NO_SCALE = (scale_of_halves, NOT_A_TENSOR)
 
 # Numbers
 
@@ -383,6 +399,20 @@ class Op:
     build: Callable[[Right, str], Arguments]
     mutations: dict[str, tuple[Mutation, ...]]
 
+    def in_fp8(self, *names: str) -> Op:
+        """The same op with these tensors, x or k or k and v, in float8 e4m3."""
+        mutations = dict(self.mutations)
+        for name in names:
+            others = (m for m in mutations[name] if m not in (NOT_HALF, NOT_HALF_NOR_FP8))
+            mutations[name] = (NOT_FP8, *others)
+        if "q" in mutations:  # has a dtype of its own
+            mutations["q"] = tuple(m for m in mutations["q"] if m is not other_half)
+        scales = tuple(
+            name for name in ("scale", "k_scale", "v_scale") if mutations.get(name) == NO_SCALE
+        )
+        mutations |= dict.fromkeys(scales, SINKS)
+        return Op(fp8_call(self.build, names, scales), mutations)
+
 
 BLOCKS = {
     "causal": FLAG,
@@ -403,6 +433,8 @@ MASKED = BLOCKS | {
     "sinks": SINKS,
     "softcap": SOFTCAP,
     "window_left": WINDOW,
+    "k_scale": NO_SCALE,
+    "v_scale": NO_SCALE,
 }
 SEQUENCES = {
     "cu_seqlens_q": (*LENGTHS, ABSENT),
@@ -435,13 +467,13 @@ ESTIMATED_ROWS = activation(dims=3) + TOGETHER
 
 OPS: dict[str, Op] = {
     "block_pool": Op(
-        lambda sizes, device: {"x": tensors(sizes, device)["q"], "block_size": sizes.blocks[0]},
-        {"x": activation(), "block_size": BLOCK_SIZE},
+        block_pool_call,
+        {"x": may_be_fp8(*activation()), "block_size": BLOCK_SIZE, "scale": NO_SCALE},
     ),
     "pool_append_": Op(
         pool_append_call,
         {
-            "x": (
+            "x": may_be_fp8(
                 *activation(),
                 other_supported_head_dim,
                 size(0, same),
@@ -454,6 +486,7 @@ OPS: dict[str, Op] = {
             "sums": (*STATE, size(2, same)),
             "start": START,
             "block_size": BLOCK_SIZE,
+            "scale": NO_SCALE,
         },
     ),
     "select_blocks": Op(
@@ -468,7 +501,12 @@ OPS: dict[str, Op] = {
     ),
     "estimate_blocks": Op(
         call_of("q", "k", selects=True),
-        SELECTION | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS)},
+        SELECTION
+        | {
+            "q": (*ESTIMATED, Q_HEADS),
+            "k": may_be_fp8(*ESTIMATED, K_HEADS),
+            "k_scale": NO_SCALE,
+        },
     ),
     "estimate_grid": Op(
         call_of("q", "k", selects=True, bands=False, attends=True),
@@ -528,14 +566,22 @@ OPS: dict[str, Op] = {
         SELECTION
         | SEQUENCES
         | IN_ROWS
-        | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*ESTIMATED_ROWS, K_HEADS)},
+        | {
+            "q": (*ESTIMATED_ROWS, Q_HEADS),
+            "k": may_be_fp8(*ESTIMATED_ROWS, K_HEADS),
+            "k_scale": NO_SCALE,
+        },
     ),
     "estimate_blocks_varlen paged": Op(
         estimate_varlen_call(paged=True),
         SELECTION
         | SEQUENCES
         | IN_PAGES
-        | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*activation(), *TOGETHER)},
+        | {
+            "q": (*ESTIMATED_ROWS, Q_HEADS),
+            "k": may_be_fp8(*activation(), *TOGETHER),
+            "k_scale": NO_SCALE,
+        },
     ),
     "prefill": Op(
         call_of("q", "k", "v", selects=True, attends=True),
@@ -545,8 +591,20 @@ OPS: dict[str, Op] = {
             "k": (*ESTIMATED, *LIKE_K),
             "v": (*ESTIMATED, *LIKE_K),
             "scale": SCALE,
+            "k_scale": NO_SCALE,
+            "v_scale": NO_SCALE,
         },
     ),
+}
+OPS |= {
+    "block_pool fp8": OPS["block_pool"].in_fp8("x"),
+    "pool_append_ fp8": OPS["pool_append_"].in_fp8("x"),
+    "estimate_blocks fp8": OPS["estimate_blocks"].in_fp8("k"),
+    "estimate_blocks_varlen fp8 paged": OPS["estimate_blocks_varlen paged"].in_fp8("k"),
+    "sparse_attention fp8": OPS["sparse_attention"].in_fp8("k", "v"),
+    "sparse_attention_varlen fp8 packed": OPS["sparse_attention_varlen packed"].in_fp8("k", "v"),
+    "sparse_attention_varlen fp8 paged": OPS["sparse_attention_varlen paged"].in_fp8("k", "v"),
+    "prefill fp8": OPS["prefill"].in_fp8("k", "v"),
 }
 
 
@@ -584,5 +642,5 @@ def wrong_calls(draw: Draw, name: str, device: str) -> WrongCall:
     arguments = op.build(sizes, device)
     argument = draw(st.sampled_from(sorted(op.mutations)))
     mutate = draw(st.sampled_from(op.mutations[argument]))
-    wrong = mutate(draw, Site(argument, arguments[argument], arguments, sizes))
+    wrong = mutate(draw, Site(argument, arguments.get(argument), arguments, sizes))
     return WrongCall(argument, arguments | {argument: wrong})

@@ -23,6 +23,8 @@ struct AttentionTraits {
   int64_t k_block_size;
   bool has_sm90;
   bool tma;
+  bool fp8 = false;            // k and v
+  bool score_options = false;  // softcap or a window
 };
 
 constexpr bool block_sizes_supported(int64_t q_block_size, int64_t k_block_size) {
@@ -42,9 +44,21 @@ constexpr int64_t kMaxSliceRows = 0x7fff0000;
 constexpr int64_t kMaxSliceLength = (1 << 30) - 256;
 
 // What TMA asks of every tensor: 16-byte aligned strides and start.
-inline bool tma_compatible(const TensorView& x) {
+inline bool tma_compatible(const TensorView& x, int element_bytes = 2) {
   const int64_t strides = x.batch_stride | x.head_stride | x.row_stride;
-  return strides % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride > 0;
+  return strides % (16 / element_bytes) == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0 &&
+         x.row_stride > 0;
+}
+
+constexpr int kv_element_bytes(const SparseAttentionParams& params) {
+  return params.kv_is_fp8 ? 1 : 2;
+}
+
+// TMA and cp.async read q, k and v under the same conditions.
+inline bool moves_16_bytes(const SparseAttentionParams& params) {
+  const int kv_bytes = kv_element_bytes(params);
+  return tma_compatible(params.q) && tma_compatible(params.k, kv_bytes) &&
+         tma_compatible(params.v, kv_bytes);
 }
 
 // Rows from one page of a pool to the next.
@@ -75,7 +89,10 @@ constexpr AttentionChoice choose_attention_kernel(const AttentionTraits& traits)
     return {AttentionKernel::kUnsupported,
             "unsupported: (q_block_size, k_block_size) must be (128, 128), (128, 64) or (64, 64)"};
   }
-  if (traits.sm == 90 && traits.has_sm90 && traits.tma && traits.q_block_size == 128) {
+  // The Hopper kernel has no shared memory for fp8 keys and values beside their 16-bit copies
+  // beyond head_dim 128, and no instantiation of it for fp8 with softcap or windows.
+  const bool fits = !traits.fp8 || (traits.head_dim <= 128 && !traits.score_options);
+  if (traits.sm == 90 && traits.has_sm90 && traits.tma && fits && traits.q_block_size == 128) {
     return {AttentionKernel::kSm90, "sm90"};
   }
   return {AttentionKernel::kSm80, "sm80"};
@@ -93,8 +110,9 @@ inline int64_t count_tiles(const SparseAttentionParams& params, int tile_m) {
 // KV heads whose tiles are interleaved: as many as share most of the L2 cache, so that all their
 // query rows, longest first, run against K and V that stay in it. Evenly shared out, since a small
 // last section would end in a few long rows.
-inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes) {
-  const int64_t head_bytes = 2 * k_len * head_dim * 2;  // K and V, 2 bytes an element
+inline int kv_section(int64_t k_len, int head_dim, int64_t kv_heads, int64_t l2_bytes,
+                      int element_bytes = 2) {
+  const int64_t head_bytes = 2 * k_len * head_dim * element_bytes;  // K and V
   const int64_t fitting = head_bytes > 0 ? l2_bytes * 7 / 10 / head_bytes : kv_heads;
   if (fitting < 2) {
     return 1;

@@ -119,9 +119,12 @@ struct OnlineSoftmax {
   float sum[kRows];   // of this thread's columns only, until finish()
   float scale_log2;   // softmax scale * log2(e)
 
-  __device__ explicit OnlineSoftmax(float scale) : scale_log2(scale * 1.4426950408889634f) {
+  __device__ explicit OnlineSoftmax(float scale) {
+    set_scale(scale);
     reset();
   }
+
+  __device__ void set_scale(float scale) { scale_log2 = scale * 1.4426950408889634f; }
 
   __device__ void reset() {
 #pragma unroll
@@ -218,9 +221,11 @@ struct OnlineSoftmax {
   }
 
   // Normalizes the output of one row and returns its log-sum-exp: 0 and -inf for an empty row.
-  // `sink` is one more logit of the denominator, without a value; -inf: none.
+  // `sink` is one more logit of the denominator, without a value; -inf: none. The output is
+  // multiplied by `value_scale`.
   template <typename Output>
-  __device__ __forceinline__ float finish(Output& output, int row, float sink) const {
+  __device__ __forceinline__ float finish(Output& output, int row, float sink,
+                                          float value_scale = 1.f) const {
     using namespace cute;
     constexpr float kLn2 = 0.6931471805599453f;
     const float sink_log2 = sink * 1.4426950408889634f;
@@ -232,7 +237,7 @@ struct OnlineSoftmax {
       factor = exp2_approx(base[row] - exponent);
       total = total * factor + exp2_approx(sink_log2 - exponent);
     }
-    const float inverse = total == 0.f ? 0.f : factor / total;
+    const float inverse = total == 0.f ? 0.f : factor / total * value_scale;
 #pragma unroll
     for (int column = 0; column < size<1>(output); ++column) {
       output(row, column) *= inverse;

@@ -3,6 +3,7 @@
 #include <cutlass/numeric_types.h>
 
 #include <cstdlib>
+#include <type_traits>
 
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/sm90/kernel.h"
@@ -32,17 +33,40 @@ cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams&
   }
 }
 
+template <typename Element, int kHeadDim>
+cudaError_t launch_fp8(AttentionKernel kernel, const SparseAttentionParams& params,
+                       cudaStream_t stream) {
+  if constexpr (kHeadDim <= 128) {
+    if (kernel == AttentionKernel::kSm90) {
+      return params.k_block_size == 64
+                 ? sm90::launch_attention_fp8<Element, kHeadDim, 64>(params, stream)
+                 : sm90::launch_attention_fp8<Element, kHeadDim, 128>(params, stream);
+    }
+  }
+  if constexpr (kHeadDim == 128) {
+    if (params.q_block_size == 128) {
+      return sm80::launch_attention<Element, kHeadDim, 128, true>(params, stream);
+    }
+  }
+  return sm80::launch_attention<Element, kHeadDim, 64, true>(params, stream);
+}
+
 template <typename Element>
 cudaError_t launch_dtype(AttentionKernel kernel, const SparseAttentionParams& params,
                          cudaStream_t stream) {
+  const auto launch = [&](auto head_dim) {
+    constexpr int kHeadDim = decltype(head_dim)::value;
+    return params.kv_is_fp8 ? launch_fp8<Element, kHeadDim>(kernel, params, stream)
+                            : launch_head_dim<Element, kHeadDim>(kernel, params, stream);
+  };
   // A head_dim in between is padded with zeros in shared memory.
   if (params.head_dim <= 64) {
-    return launch_head_dim<Element, 64>(kernel, params, stream);
+    return launch(std::integral_constant<int, 64>());
   }
   if (params.head_dim <= 128) {
-    return launch_head_dim<Element, 128>(kernel, params, stream);
+    return launch(std::integral_constant<int, 128>());
   }
-  return launch_head_dim<Element, 256>(kernel, params, stream);
+  return launch(std::integral_constant<int, 256>());
 }
 
 template <typename Element>
@@ -52,6 +76,10 @@ void describe_dtype(std::vector<KernelInfo>& kernels) {
   sm80::describe_attention<Element, 128, 64>(kernels);
   sm80::describe_attention<Element, 128, 128>(kernels);
   sm80::describe_attention<Element, 256, 64>(kernels);
+  sm80::describe_attention<Element, 64, 64, true>(kernels);
+  sm80::describe_attention<Element, 128, 64, true>(kernels);
+  sm80::describe_attention<Element, 128, 128, true>(kernels);
+  sm80::describe_attention<Element, 256, 64, true>(kernels);
   if (has_sm90_kernels()) {
     sm90::describe_attention<Element, 64, 64>(kernels);
     sm90::describe_attention<Element, 64, 128>(kernels);
@@ -59,6 +87,10 @@ void describe_dtype(std::vector<KernelInfo>& kernels) {
     sm90::describe_attention<Element, 128, 128>(kernels);
     sm90::describe_attention<Element, 256, 64>(kernels);
     sm90::describe_attention<Element, 256, 128>(kernels);
+    sm90::describe_attention_fp8<Element, 64, 64>(kernels);
+    sm90::describe_attention_fp8<Element, 64, 128>(kernels);
+    sm90::describe_attention_fp8<Element, 128, 64>(kernels);
+    sm90::describe_attention_fp8<Element, 128, 128>(kernels);
     sm90::describe_attention<Element, 64, 64, true>(kernels);
     sm90::describe_attention<Element, 128, 64, true>(kernels);
     sm90::describe_attention<Element, 256, 64, true>(kernels);
@@ -84,12 +116,14 @@ AttentionChoice choose_attention_kernel(const SparseAttentionParams& params, int
   const int k_rows = ragged.is_paged()    ? ragged.pages
                      : ragged.is_ragged() ? ragged.total_k
                                           : params.k_len;
-  const bool tma = k_rows > 0 && tma_compatible(params.q) && tma_compatible(params.k) &&
-                   tma_compatible(params.v) &&
+  const bool tma = k_rows > 0 && moves_16_bytes(params) &&
                    (!ragged.is_paged() || tma_pages_compatible(params.k, params.v, ragged));
   const bool has_sm90 = may_use_sm90_kernels();
-  return choose_attention_kernel(
-      {sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90, tma});
+  AttentionTraits traits{sm, params.head_dim, params.q_block_size, params.k_block_size, has_sm90,
+                         tma};
+  traits.fp8 = params.kv_is_fp8;
+  traits.score_options = params.softcap > 0.f || params.window_left >= 0;
+  return choose_attention_kernel(traits);
 }
 
 cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,

@@ -37,6 +37,7 @@ class BlockAppender {
 
   __device__ BlockAppender(const AppendMeansParams& params, int64_t head, Sums& sums)
       : params_(params),
+        head_(head % params.heads),
         head_dim_(kRows == Rows::kWhole ? kWidth : params.head_dim),
         source_(static_cast<const Element*>(params.x.data) +
                 head / params.heads * params.x.batch_stride +
@@ -88,7 +89,12 @@ class BlockAppender {
       for (int g = 0; g < kRowGroups; ++g) {
         total += shared_[g][dim];
       }
-      means_[block * head_dim_ + dim] = total / static_cast<float>(rows);
+      const float mean = total / static_cast<float>(rows);
+      if constexpr (std::is_same_v<Element, Fp8Code>) {
+        means_[block * head_dim_ + dim] = mean * mean_scale(params_.scale, head_);
+      } else {
+        means_[block * head_dim_ + dim] = mean;
+      }
     }
   }
 
@@ -97,6 +103,7 @@ class BlockAppender {
   __device__ static int group() { return static_cast<int>(threadIdx.x) / kRowThreads; }
 
   const AppendMeansParams& params_;
+  const int64_t head_;
   const int head_dim_;
   const Element* source_;
   float* means_;
@@ -149,13 +156,20 @@ cudaError_t launch_append_means(const AppendMeansParams& params, cudaStream_t st
   if (params.batch == 0 || params.heads == 0 || params.length == 0) {
     return cudaSuccess;
   }
-  return params.dtype == DType::kFloat16 ? launch_element<__half>(params, stream)
-                                         : launch_element<__nv_bfloat16>(params, stream);
+  switch (params.dtype) {
+    case DType::kFloat16:
+      return launch_element<__half>(params, stream);
+    case DType::kBFloat16:
+      return launch_element<__nv_bfloat16>(params, stream);
+    default:
+      return launch_element<Fp8Code>(params, stream);
+  }
 }
 
 void describe_append_means(std::vector<KernelInfo>& kernels) {
   describe_widths<__nv_bfloat16>(kernels, "bf16");
   describe_widths<__half>(kernels, "fp16");
+  describe_widths<Fp8Code>(kernels, "fp8");
 }
 
 }  // namespace prism

@@ -41,6 +41,7 @@ struct PoolTask {
   PoolShape shape;  // of a ragged batch that of the longest sequence
   int block_size;
   bool is_key;
+  const float* scale;  // of fp8 heads
 };
 
 struct PoolArguments {
@@ -157,6 +158,10 @@ __global__ void __launch_bounds__(kThreads, min_ctas(kRows, kEstimate, kRagged))
           }
           const float count = static_cast<float>(rows);
           mean = {mean.x / count, mean.y / count, mean.z / count, mean.w / count};
+          if constexpr (std::is_same_v<Element, Fp8Code>) {
+            const float scale = mean_scale(task.scale, head % task.heads);
+            mean = {mean.x * scale, mean.y * scale, mean.z * scale, mean.w * scale};
+          }
           if (task.means != nullptr && dim < head_dim) {
             *reinterpret_cast<float4*>(task.means + (head * task.shape.blocks + block) * head_dim +
                                        dim) = mean;
@@ -212,7 +217,14 @@ cudaError_t launch(PoolArguments arguments, int64_t batch, int head_dim, DType d
       return launch_kernel(kernel, shape, stream, arguments);
     });
   };
-  return dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
+  switch (dtype) {
+    case DType::kFloat16:
+      return launch_as(__half());
+    case DType::kBFloat16:
+      return launch_as(__nv_bfloat16());
+    default:
+      return launch_as(Fp8Code());
+  }
 }
 
 template <typename Element, int kWidth, Rows kRows>
@@ -244,7 +256,7 @@ cudaError_t launch_block_pool(const BlockPoolParams& params, cudaStream_t stream
                         params.heads,
                         /*ctas=*/blocks,   {params.length, blocks, /*chunk=*/1, /*chunks=*/blocks},
                         params.block_size,
-                        /*is_key=*/false};
+                        /*is_key=*/false,  params.scale};
   return launch<false, false>(arguments, params.batch, params.head_dim, params.dtype, stream);
 }
 
@@ -256,7 +268,7 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
     const PoolShape shape = energy_shape(length, block_size);
     // A shorter sequence may have more chunks.
     const int64_t ctas = ragged ? std::min<int64_t>(shape.blocks, kMaxEnergyChunks) : shape.chunks;
-    return PoolTask{x, means, heads, ctas, shape, block_size, is_key};
+    return PoolTask{x, means, heads, ctas, shape, block_size, is_key, params.k_scale};
   };
   PoolArguments arguments = {};
   arguments.select = select;
@@ -264,14 +276,29 @@ cudaError_t launch_estimate_pool(const EstimatePoolParams& params, cudaStream_t 
                                  select.q_len, select.q_block_size, false);
   arguments.tasks[1] =
       make_task(params.k, nullptr, select.kv_heads, select.k_len, select.k_block_size, true);
-  return ragged
-             ? launch<true, true>(arguments, select.batch, select.head_dim, params.dtype, stream)
-             : launch<true, false>(arguments, select.batch, select.head_dim, params.dtype, stream);
+  const auto launch_tasks = [&](const PoolArguments& arguments, DType dtype) {
+    return ragged ? launch<true, true>(arguments, select.batch, select.head_dim, dtype, stream)
+                  : launch<true, false>(arguments, select.batch, select.head_dim, dtype, stream);
+  };
+  if (!params.k_is_fp8) {
+    return launch_tasks(arguments, params.dtype);
+  }
+  // Of two dtypes, each in a launch of its own.
+  const PoolTask keys = arguments.tasks[1];
+  arguments.tasks[1] = {};
+  const cudaError_t error = launch_tasks(arguments, params.dtype);
+  if (error != cudaSuccess) {
+    return error;
+  }
+  arguments.tasks[0] = {};
+  arguments.tasks[1] = keys;
+  return launch_tasks(arguments, DType::kFloat8E4M3);
 }
 
 void describe_block_pool(std::vector<KernelInfo>& kernels) {
   describe_widths<__nv_bfloat16>(kernels, "bf16");
   describe_widths<__half>(kernels, "fp16");
+  describe_widths<Fp8Code>(kernels, "fp8");
 }
 
 }  // namespace prism

@@ -1,4 +1,4 @@
-// How pooling reads rows of tokens: 16 bytes a thread, kWidth / 8 threads a row.
+// How pooling reads rows of tokens: 8 elements a thread, kWidth / 8 threads a row.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 
 namespace prism {
 
-constexpr int kVector = 8;  // elements a thread owns: 16 bytes
+constexpr int kVector = 8;  // elements a thread owns: 16 bytes, of fp8 8
 
 enum class Rows {
   kWhole,      // kWidth elements, from a 16 byte boundary on
@@ -23,9 +23,21 @@ enum class Rows {
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+// float8 e4m3. As in attention/fp8.cuh: sign and magnitude in their places in a float, which is
+// then 2^(127 - 7) too small.
+struct Fp8Code {
+  int8_t code;
+};
+
+__device__ inline float to_float(Fp8Code x) {
+  const uint32_t placed = static_cast<uint32_t>(int{x.code}) << 20 & 0x87f00000u;
+  return __uint_as_float(placed) * 0x1p120f;
+}
+
 template <typename Element>
 union Pack {
-  uint4 raw;
+  using Raw = std::conditional_t<sizeof(Element) == 1, uint2, uint4>;
+  Raw raw;
   Element element[kVector];
 };
 
@@ -33,7 +45,7 @@ template <typename Element, Rows kRows>
 __device__ Pack<Element> load(const Element* source) {
   Pack<Element> pack;
   if constexpr (kRows != Rows::kUnaligned) {
-    pack.raw = __ldg(reinterpret_cast<const uint4*>(source));
+    pack.raw = __ldg(reinterpret_cast<const typename Pack<Element>::Raw*>(source));
   } else {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -41,6 +53,11 @@ __device__ Pack<Element> load(const Element* source) {
     }
   }
   return pack;
+}
+
+// What the means of a head are multiplied by.
+__device__ inline float mean_scale(const float* scale, int64_t head) {
+  return scale == nullptr ? 1.f : __ldg(scale + head);
 }
 
 inline bool is_aligned(const TensorView& x) {

@@ -5,6 +5,7 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
+#include <cstdint>
 #include <type_traits>
 
 namespace prism::sm80 {
@@ -12,9 +13,14 @@ namespace prism::sm80 {
 // Four warps share kTileM query rows of one query block and walk the kept keys kTileN at a time: at
 // head_dim 128 the output and score accumulators of two 16-row fragments a warp just fit into 255
 // registers. kTileM is the query block size, or half of it at head_dim 256.
-template <typename Element_, int kHeadDim_, int kTileM_>
+//
+// kFp8: K and V come as float8 e4m3. They are staged a tile ahead and converted into one 16-bit
+// tile each, which takes as much memory as the three 16-bit tiles otherwise.
+template <typename Element_, int kHeadDim_, int kTileM_, bool kFp8_ = false>
 struct AttentionConfig {
   using Element = Element_;
+  using ElementKV = std::conditional_t<kFp8_, uint8_t, Element>;  // in global memory
+  static constexpr bool kFp8 = kFp8_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kTileM = kTileM_;
   static constexpr int kTileN = kHeadDim == 256 ? 32 : 64;
@@ -22,7 +28,7 @@ struct AttentionConfig {
   static constexpr int kThreads = kWarps * 32;
   // K is loaded one tile ahead; V has QK^T and the softmax of its own tile to arrive. A second V
   // stage would leave an A100 with one CTA a multiprocessor.
-  static constexpr int kStagesK = 2;
+  static constexpr int kStagesK = kFp8 ? 1 : 2;
   static constexpr int kMinBlocks = kHeadDim == 64 && kTileM == 64 ? 3 : 2;
 
   static constexpr bool kIsHalf = std::is_same_v<Element, cutlass::half_t>;
@@ -49,7 +55,8 @@ struct AttentionConfig {
   static constexpr int kSizeQ = kTileM * kHeadDim;
   static constexpr int kSizeKV = kTileN * kHeadDim;
   static constexpr int kSmemBytes =
-      (kSizeQ + (kStagesK + 1) * kSizeKV) * static_cast<int>(sizeof(Element));
+      (kSizeQ + (kStagesK + 1) * kSizeKV) * static_cast<int>(sizeof(Element)) +
+      (kFp8 ? 2 * kSizeKV : 0);
 };
 
 }  // namespace prism::sm80

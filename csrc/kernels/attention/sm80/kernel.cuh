@@ -10,6 +10,7 @@
 #include "kernels/attention/block_iterator.h"
 #include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm80/config.h"
+#include "kernels/attention/sm80/fp8_rows.cuh"
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/softmax.cuh"
 #include "kernels/attention/tile_finder.cuh"
@@ -133,6 +134,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     sparse_attention_kernel(const __grid_constant__ SparseAttentionParams params,
                             const bool aligned, const int section) {
   using Element = typename Config::Element;
+  using ElementKV = typename Config::ElementKV;
   constexpr int kTileM = Config::kTileM;
   constexpr int kTileN = Config::kTileN;
   constexpr int kHeadDim = Config::kHeadDim;
@@ -152,30 +154,30 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
                      sequence.batch * params.q.batch_stride + tile.q_head * params.q.head_stride +
                      q_row * params.q.row_stride;
   const auto first_key_of_head = [&](const TensorView& x) {
-    const auto* head = static_cast<const Element*>(x.data) + tile.kv_head * x.head_stride;
+    const auto* head = static_cast<const ElementKV*>(x.data) + tile.kv_head * x.head_stride;
     return ragged.is_paged()
                ? head
                : head + sequence.batch * x.batch_stride + sequence.k_start * x.row_stride;
   };
-  const Element* k = first_key_of_head(params.k);
-  const Element* v = first_key_of_head(params.v);
+  const ElementKV* k = first_key_of_head(params.k);
+  const ElementKV* v = first_key_of_head(params.v);
   const int64_t head_index = static_cast<int64_t>(sequence.batch) * params.q_heads + tile.q_head;
   const uint32_t* mask_row =
       params.bits +
       (head_index * q_blocks + rows.first / params.q_block_size) * ((k_blocks + 31) / 32);
   BlockIterator kept(mask_row, params.k_block_size / kTileN, (rows.k_end + kTileN - 1) / kTileN);
-  // Loads kTileN keys or values from key n * kTileN on.
-  const auto load_keys = [&](const TensorView& x, const Element* base, int n, auto& smem) {
+  // Loads kTileN keys or values from key n * kTileN on, fp8 into the staging place.
+  using KeyCopy = std::conditional_t<Config::kFp8, Fp8Rows<Config>, RowCopy<Config>>;
+  const auto load_keys = [&](const TensorView& x, const ElementKV* base, int n, auto& target) {
     const int first_key = n * kTileN;
     const int valid = sequence.k_len - first_key;
     if (ragged.is_paged()) {
       const int32_t* pages = ragged.block_table + sequence.batch * ragged.table_stride;
-      RowCopy<Config>::load(PagedRows<Element>{base, x, ragged, pages, first_key, valid},
-                            params.head_dim, aligned, smem);
+      KeyCopy::load(PagedRows<ElementKV>{base, x, ragged, pages, first_key, valid}, params.head_dim,
+                    aligned, target);
     } else {
-      RowCopy<Config>::load(
-          StridedRows<Element>{base + first_key * x.row_stride, x.row_stride, valid},
-          params.head_dim, aligned, smem);
+      KeyCopy::load(StridedRows<ElementKV>{base + first_key * x.row_stride, x.row_stride, valid},
+                    params.head_dim, aligned, target);
     }
   };
 
@@ -183,6 +185,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   Element* smem_q = reinterpret_cast<Element*>(smem);
   Element* smem_k = smem_q + Config::kSizeQ;
   Element* smem_v = smem_k + Config::kStagesK * Config::kSizeKV;
+  // Of fp8 only.
+  uint4* const staged_k = reinterpret_cast<uint4*>(smem_v + Config::kSizeKV);
+  uint4* const staged_v = staged_k + Config::kSizeKV / Fp8Rows<Config>::kChunk;
   auto sQ = make_tensor(make_smem_ptr(smem_q), typename Config::SmemLayoutQ{});
   auto sV = make_tensor(make_smem_ptr(smem_v), typename Config::SmemLayoutKV{});
   auto sVt = make_tensor(make_smem_ptr(smem_v), typename Config::SmemLayoutVt{});
@@ -202,7 +207,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   clear(rO);
   auto rO_rows = make_tensor(rO.data(), as_rows_and_columns(rO.layout()));
   constexpr int kRows = decltype(size<0>(rO_rows))::value;
-  OnlineSoftmax<kRows> softmax(softmax_scale(params.scale, params.softcap));
+  float score_scale = params.scale;
+  float value_scale = 1.f;
+  if constexpr (Config::kFp8) {
+    score_scale *= params.k_scale == nullptr ? 1.f : __ldg(params.k_scale + tile.kv_head);
+    value_scale = params.v_scale == nullptr ? 1.f : __ldg(params.v_scale + tile.kv_head);
+  }
+  OnlineSoftmax<kRows> softmax(softmax_scale(score_scale, params.softcap));
   // Thread's first row within the tile; fragment row r adds 8 (r odd) and 64 (r / 2).
   const int thread_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
   const auto row_in_tile = [&](int row) {
@@ -219,28 +230,44 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   if (n >= 0) {
     RowCopy<Config>::load(StridedRows<Element>{q, params.q.row_stride, rows.valid}, params.head_dim,
                           aligned, sQ);
-    auto sK = make_tensor(make_smem_ptr(smem_k), typename Config::SmemLayoutKV{});
-    load_keys(params.k, k, n, sK);
+    if constexpr (Config::kFp8) {
+      load_keys(params.k, k, n, staged_k);
+      cp_async_fence();
+      load_keys(params.v, v, n, staged_v);
+    } else {
+      auto sK = make_tensor(make_smem_ptr(smem_k), typename Config::SmemLayoutKV{});
+      load_keys(params.k, k, n, sK);
+    }
     cp_async_fence();
   }
 
   int stage = 0;
   while (n >= 0) {
     const int n_next = next_tile();
-    cp_async_wait<0>();
-    __syncthreads();  // K of this tile is there; everyone is done with the previous tile
-    load_keys(params.v, v, n, sV);
-    cp_async_fence();
-    if (n_next >= 0) {
-      auto sK_next = make_tensor(make_smem_ptr(smem_k + (stage ^ 1) * Config::kSizeKV),
-                                 typename Config::SmemLayoutKV{});
-      load_keys(params.k, k, n_next, sK_next);
-    }
-    cp_async_fence();
-
-    // S = Q K^T
     auto sK = make_tensor(make_smem_ptr(smem_k + stage * Config::kSizeKV),
                           typename Config::SmemLayoutKV{});
+    if constexpr (Config::kFp8) {
+      wait_for_copies<1>();
+      KeyCopy::convert(staged_k, sK);
+      if (n_next >= 0) {
+        load_keys(params.k, k, n_next, staged_k);
+      }
+      cp_async_fence();
+      __syncthreads();  // K of this tile is there; everyone is done with the previous tile
+    } else {
+      cp_async_wait<0>();
+      __syncthreads();  // K of this tile is there; everyone is done with the previous tile
+      load_keys(params.v, v, n, sV);
+      cp_async_fence();
+      if (n_next >= 0) {
+        auto sK_next = make_tensor(make_smem_ptr(smem_k + (stage ^ 1) * Config::kSizeKV),
+                                   typename Config::SmemLayoutKV{});
+        load_keys(params.k, k, n_next, sK_next);
+      }
+      cp_async_fence();
+    }
+
+    // S = Q K^T
     auto rS = partition_fragment_C(tiled_mma, Shape<Int<kTileM>, Int<kTileN>>{});
     clear(rS);
     {
@@ -259,7 +286,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
 
     auto rS_rows = make_tensor(rS.data(), as_rows_and_columns(rS.layout()));
     if (params.softcap > 0.f) {
-      cap_scores(rS, cap_factor(params.scale, params.softcap));
+      cap_scores(rS, cap_factor(score_scale, params.softcap));
     }
     const int first_key = n * kTileN;
     if (rows.needs_mask(first_key, kTileN) || rows.needs_window(params.window_left, first_key)) {
@@ -292,7 +319,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
           convert(*reinterpret_cast<const Source*>(rS.data()));
     }
     auto rP = make_tensor(rP_acc.data(), as_a_operand(rP_acc.layout()));
-    cp_async_wait<1>();
+    if constexpr (Config::kFp8) {
+      wait_for_copies<1>();
+      KeyCopy::convert(staged_v, sV);
+      if (n_next >= 0) {
+        load_keys(params.v, v, n_next, staged_v);
+      }
+      cp_async_fence();
+    } else {
+      cp_async_wait<1>();
+    }
     __syncthreads();  // V of this tile is there
     {
       auto rV = thr_mma.partition_fragment_B(sVt);
@@ -304,7 +340,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
       }
     }
     n = n_next;
-    stage ^= 1;
+    stage ^= Config::kStagesK - 1;
   }
 
   // Epilogue: through shared memory, where a warp reads and writes its own rows of Q only.
@@ -313,7 +349,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   const float sink = params.sinks == nullptr ? -INFINITY : __ldg(params.sinks + tile.q_head);
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
-    const float row_lse = softmax.finish(rO_rows, row, sink);
+    const float row_lse = softmax.finish(rO_rows, row, sink, value_scale);
     if (threadIdx.x % 4 == 0 && row_in_tile(row) < rows.valid) {
       lse[row_in_tile(row)] = row_lse;
     }
@@ -336,9 +372,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
   RowCopy<Config>::store(out, params.out.row_stride, rows.valid, params.head_dim, sQ);
 }
 
-template <typename Element, int kHeadDim, int kTileM>
+template <typename Element, int kHeadDim, int kTileM, bool kFp8>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
-  using Config = AttentionConfig<Element, kHeadDim, kTileM>;
+  using Config = AttentionConfig<Element, kHeadDim, kTileM, kFp8>;
   const int64_t grid = count_tiles(params, kTileM);
   if (grid > std::numeric_limits<int32_t>::max()) {
     return cudaErrorInvalidConfiguration;
@@ -358,23 +394,22 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   if (error != cudaSuccess) {
     return error;
   }
-  // cp.async moves 16 bytes at a time, under the same conditions as TMA.
-  const bool aligned =
-      tma_compatible(params.q) && tma_compatible(params.k) && tma_compatible(params.v);
+  const bool aligned = moves_16_bytes(params);
   const int64_t kv_heads = params.kv_heads * (params.ragged.is_ragged() ? 1 : params.batch);
-  const int section = kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes);
+  const int section =
+      kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes, kv_element_bytes(params));
   kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSmemBytes, stream>>>(
       params, aligned, section);
   return cudaGetLastError();
 }
 
-template <typename Element, int kHeadDim, int kTileM>
+template <typename Element, int kHeadDim, int kTileM, bool kFp8>
 void describe_attention(std::vector<KernelInfo>& kernels) {
-  using Config = AttentionConfig<Element, kHeadDim, kTileM>;
+  using Config = AttentionConfig<Element, kHeadDim, kTileM, kFp8>;
   const std::string dtype = Config::kIsHalf ? "fp16" : "bf16";
   describe_kernel(kernels,
-                  "sparse_attention_sm80<" + dtype + ", d" + std::to_string(kHeadDim) + ", m" +
-                      std::to_string(kTileM) + ">",
+                  "sparse_attention_sm80<" + dtype + (kFp8 ? ", fp8" : "") + ", d" +
+                      std::to_string(kHeadDim) + ", m" + std::to_string(kTileM) + ">",
                   std::to_string(kTileM) + " x " + std::to_string(Config::kTileN) + " x " +
                       std::to_string(kHeadDim),
                   sparse_attention_kernel<Config>, Config::kThreads, Config::kSmemBytes);

@@ -9,12 +9,13 @@
 
 namespace prism::sm80 {
 
-// One instantiation of the portable kernel: kTileM is the query block size. Instantiated under
-// instantiations/, one file each so that they compile in parallel.
-template <typename Element, int kHeadDim, int kTileM>
+// One instantiation of the portable kernel: kTileM is the query block size, or half of it. kFp8: k
+// and v are float8 e4m3. Instantiated under instantiations/, one file each so that they compile in
+// parallel.
+template <typename Element, int kHeadDim, int kTileM, bool kFp8 = false>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream);
 
-template <typename Element, int kHeadDim, int kTileM>
+template <typename Element, int kHeadDim, int kTileM, bool kFp8 = false>
 void describe_attention(std::vector<KernelInfo>& kernels);
 
 }  // namespace prism::sm80

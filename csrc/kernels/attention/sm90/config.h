@@ -53,6 +53,10 @@ struct AttentionConfig {
   // head_dim 128: then its copies leave the bandwidth to those of V, which are wanted first.
   static constexpr int kStagesV = 2 * (128 * 128) / (kTileN * kHeadDim);
   static constexpr int kStagesK = kHeadDim == 128 ? 3 : kStagesV;
+  // The rings that the loaders fill: these, or others in front of them (config_fp8.h).
+  static constexpr bool kFp8 = false;
+  static constexpr int kLoadStagesK = kStagesK;
+  static constexpr int kLoadStagesV = kStagesV;
   // The next tile's queries arrive while this one is computed, where there is room for them.
   static constexpr int kStagesQ = kHeadDim == 256 ? 1 : 2;
   // The output leaves through the stage of its queries if the next queries have another one.
@@ -61,6 +65,9 @@ struct AttentionConfig {
   // Whether the consumers take turns on the tensor cores. Beyond head_dim 128 products take so much
   // longer than the softmax that they need not.
   static constexpr bool kTakeTurns = kHeadDim <= 128;
+  // Whether P V of a key tile is still being computed while the softmax of the next one writes its
+  // probabilities: into registers of their own.
+  static constexpr bool kOverlapsOutput = true;
   // 168 registers a thread at launch: 24 * 128 + 240 * 256 make the same sum.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 240;
@@ -101,8 +108,8 @@ struct AttentionConfig {
   // A warpgroup's output goes through as many panels at a time as there is room for.
   static constexpr int kPanelsO = kOutputInQueries ? kPanels : 2;
 
-  static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);   // one stage
-  static constexpr uint32_t kBytesKV = kTileN * kHeadDim * sizeof(Element);  // one stage
+  static constexpr uint32_t kBytesQ = kTileM * kHeadDim * sizeof(Element);       // one stage
+  static constexpr uint32_t kLoadBytesKV = kTileN * kHeadDim * sizeof(Element);  // one stage
 
   struct NoBuffer {};
   struct OutputBuffer {
@@ -126,6 +133,9 @@ struct AttentionConfig {
   };
   static constexpr int kSmemBytes = static_cast<int>(sizeof(SharedStorage));
   static_assert(kSmemBytes <= 232448, "more than a CTA gets on Hopper");
+
+  // Where the loaders find k and v and their barriers.
+  __device__ static SharedStorage& load_target(SharedStorage& storage) { return storage; }
 };
 
 }  // namespace prism::sm90

@@ -180,7 +180,8 @@ struct Consumer {
     auto rO_rows = make_tensor(rO.data(), wgmma_rows_and_columns(rO.layout()));
     auto rS = partition_fragment_C(mma_qk, Shape<Int<Config::kTileM>, Int<Config::kTileN>>{});
     auto rS_rows = make_tensor(rS.data(), wgmma_rows_and_columns(rS.layout()));
-    // Two sets of probabilities: P V reads one while the softmax writes the other.
+    // Two sets of probabilities: P V reads one while the softmax writes the other. Only the first
+    // is used if they do not overlap.
     auto rP0 = make_fragment_like<Element>(rS);
     auto rP1 = make_fragment_like<Element>(rS);
     float correction[kRows];
@@ -219,8 +220,7 @@ struct Consumer {
     if (!find_tile()) {
       return;
     }
-    OnlineSoftmax<kRows> softmax(Config::kScoreOptions ? softmax_scale(params.scale, params.softcap)
-                                                       : params.scale);
+    OnlineSoftmax<kRows> softmax(score_scale());
     wait_for_queries();
     wait_for_keys();
     turn_wait();
@@ -310,6 +310,9 @@ struct Consumer {
         release_tile();
         const bool more = find_tile();
         if (more) {
+          if constexpr (Config::kFp8) {
+            softmax.set_scale(score_scale());
+          }
           wait_for_queries();
           wait_for_keys();
           wait_for_values();
@@ -343,12 +346,26 @@ struct Consumer {
           more = finish_tile(rP0);
           break;
         }
-        step(trip - 1, rP0, rP1);
-        if (trip++ == trips) {
-          more = finish_tile(rP1);
-          break;
+        if constexpr (Config::kOverlapsOutput) {
+          step(trip - 1, rP0, rP1);
+          if (trip++ == trips) {
+            more = finish_tile(rP1);
+            break;
+          }
+          step(trip - 1, rP1, rP0);
+        } else {
+          // With one set of probabilities the softmax begins after P V, while the other warpgroup
+          // has its turn.
+          issue_both(rP0);
+          finish_output();
+          release_values();
+          ++key_tile;
+          if (!softmax.template try_update<Element>(rS, rP0)) {
+            softmax.template update<false>(rS_rows, correction);
+            convert(rS, rP0);
+            softmax.rescale(rO_rows, correction);
+          }
         }
-        step(trip - 1, rP1, rP0);
       }
       if (!more) {
         break;
@@ -376,7 +393,12 @@ struct Consumer {
     const float sink = this->sink(tile);
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const float lse = softmax.finish(output, row, sink);
+      float lse;
+      if constexpr (Config::kFp8) {
+        lse = softmax.finish(output, row, sink, value_scale(tile));
+      } else {
+        lse = softmax.finish(output, row, sink);
+      }
       const int x = tile.q_x + row_in_tile(thread) + row * 8;
       if (thread % 4 == 0 && x < arguments.q_end) {
         params.lse[arguments.lse.at(x, tile.q_y, tile.q_head)] = lse;
@@ -447,6 +469,21 @@ struct Consumer {
   // What the head adds to the softmax denominator, as a logit.
   __device__ float sink(const TileDescriptor& tile) const {
     return params.sinks == nullptr ? -INFINITY : __ldg(params.sinks + tile.q_head);
+  }
+
+  // The softmax scale; that of fp8 keys, which differs between heads, is folded into it.
+  __device__ float score_scale() const {
+    if constexpr (Config::kFp8) {
+      if (params.k_scale != nullptr) {
+        return params.scale * __ldg(params.k_scale + tile().kv_head);
+      }
+    }
+    return Config::kScoreOptions ? softmax_scale(params.scale, params.softcap) : params.scale;
+  }
+
+  // What the output is multiplied by: the scale of fp8 values.
+  __device__ float value_scale(const TileDescriptor& tile) const {
+    return params.v_scale == nullptr ? 1.f : __ldg(params.v_scale + tile.kv_head);
   }
 
   // A tile without keys: output 0, and the log-sum-exp of the sink alone, -inf without one.

@@ -2,7 +2,8 @@
 //
 // CTAs stay and draw query tiles from a global counter. In each, a warp schedules tiles ahead
 // (scheduler.cuh), two load them (loader.cuh) and two warpgroups compute them (consumer.cuh),
-// through rings of shared-memory stages that run on across tiles.
+// through rings of shared-memory stages that run on across tiles. One more warpgroup converts fp8
+// keys and values in between (converter.cuh).
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -15,7 +16,9 @@
 #include "kernels/attention/dispatch.h"
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
+#include "kernels/attention/sm90/config_fp8.h"
 #include "kernels/attention/sm90/consumer.cuh"
+#include "kernels/attention/sm90/converter.cuh"
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/attention/sm90/loader.cuh"
 #include "kernels/attention/sm90/scheduler.cuh"
@@ -24,12 +27,23 @@
 
 namespace prism::sm90 {
 
-enum class WarpgroupRole { kProducer = 0, kConsumer0 = 1, kConsumer1 = 2 };
+enum class WarpgroupRole { kProducer = 0, kConsumer0 = 1, kConsumer1 = 2, kConverter = 3 };
+
+// Warps that read every tile's descriptor and fill the stages, beside the consumers.
+template <typename Config>
+constexpr int converter_warps() {
+  if constexpr (Config::kFp8) {
+    return Config::kConverterWarps;
+  } else {
+    return 0;
+  }
+}
 
 template <typename Config>
 __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
   extern __shared__ __align__(1024) char smem[];
   auto& storage = *reinterpret_cast<typename Config::SharedStorage*>(smem);
+  constexpr int kConverterWarps = converter_warps<Config>();
   if (threadIdx.x == 0) {
     prefetch_tma_descriptor(&arguments.tma_q);
     prefetch_tma_descriptor(&arguments.tma_k);
@@ -41,16 +55,27 @@ __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
                                                       : Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStagesK; ++i) {
-      storage.k_full[i].init(1);
+      storage.k_full[i].init(Config::kFp8 ? kConverterWarps : 1);
       storage.k_free[i].init(Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStagesV; ++i) {
-      storage.v_full[i].init(1);
+      storage.v_full[i].init(Config::kFp8 ? kConverterWarps : 1);
       storage.v_free[i].init(Config::kConsumerWarps);
     }
     for (int i = 0; i < Config::kStagesTile; ++i) {
       storage.tile_full[i].init(1);
-      storage.tile_free[i].init(Config::kConsumerThreads + 2 * 32);  // and the loaders'
+      // And the loaders'.
+      storage.tile_free[i].init(Config::kConsumerThreads + (2 + kConverterWarps) * 32);
+    }
+    if constexpr (Config::kFp8) {
+      for (int i = 0; i < Config::kLoadStagesK; ++i) {
+        storage.staging.k_full[i].init(1);
+        storage.staging.k_free[i].init(kConverterWarps);
+      }
+      for (int i = 0; i < Config::kLoadStagesV; ++i) {
+        storage.staging.v_full[i].init(1);
+        storage.staging.v_free[i].init(kConverterWarps);
+      }
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -67,6 +92,11 @@ __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
       Loader<Config, Operand::kValues>(arguments, storage).run();
     } else if (warp == 2) {
       Scheduler<Config>(arguments, storage).run();
+    }
+  } else if (Config::kFp8 && role == WarpgroupRole::kConverter) {
+    if constexpr (Config::kFp8) {
+      cutlass::arch::warpgroup_reg_dealloc<Config::kConverterRegisters>();
+      Converter<Config>(storage).run();
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
@@ -123,7 +153,8 @@ cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArg
   arguments.tiles = static_cast<int>(tiles);
   const RaggedBatch& ragged = params.ragged;
   const int64_t kv_heads = params.kv_heads * (ragged.is_ragged() ? 1 : params.batch);
-  arguments.kv_section = kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes);
+  arguments.kv_section =
+      kv_section(params.k_len, params.head_dim, kv_heads, l2_bytes, kv_element_bytes(params));
   prepare_offsets(params, arguments);
   arguments.cap_factor = params.softcap > 0.f ? cap_factor(params.scale, params.softcap) : 0.f;
   arguments.copy_rows = Config::kBoxN;
@@ -136,14 +167,21 @@ cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArg
     const MapShape shape{params.head_dim, rows, heads, params.batch, ragged.is_ragged()};
     return encode_tensor_map(map, x, params.dtype, shape, box);
   };
+  const auto encode_kv = [&](CUtensorMap& map, const TensorView& x, int box) {
+    const MapShape shape{params.head_dim, params.k_len, params.kv_heads, params.batch,
+                         ragged.is_ragged()};
+    return Config::kFp8
+               ? encode_tensor_map(map, x, DType::kFloat8E4M3, shape, box, Config::kHeadDim)
+               : encode_tensor_map(map, x, params.dtype, shape, box);
+  };
   const int copy_rows = arguments.copy_rows;
   cudaError_t error =
       encode(arguments.tma_q, params.q, params.q_len, params.q_heads, Config::kTileM);
   if (error == cudaSuccess) {
-    error = encode(arguments.tma_k, params.k, params.k_len, params.kv_heads, copy_rows);
+    error = encode_kv(arguments.tma_k, params.k, copy_rows);
   }
   if (error == cudaSuccess) {
-    error = encode(arguments.tma_v, params.v, params.k_len, params.kv_heads, copy_rows);
+    error = encode_kv(arguments.tma_v, params.v, copy_rows);
   }
   if (error == cudaSuccess) {
     error = encode(arguments.tma_o, params.out, params.q_len, params.q_heads, 64);
@@ -151,9 +189,8 @@ cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArg
   return error;
 }
 
-template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions>
-cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
-  using Config = AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>;
+template <typename Config>
+cudaError_t launch_config(const SparseAttentionParams& params, cudaStream_t stream) {
   int device = 0;
   int multiprocessors = 0;
   int l2_bytes = 0;
@@ -185,16 +222,36 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
   return cudaGetLastError();
 }
 
+template <typename Config>
+void describe_config(std::vector<KernelInfo>& kernels) {
+  const std::string dtype = Config::kIsHalf ? "fp16" : "bf16";
+  const std::string head_dim = std::to_string(Config::kHeadDim);
+  describe_kernel(
+      kernels,
+      "sparse_attention_sm90<" + dtype + (Config::kFp8 ? ", fp8" : "") + ", d" + head_dim + ", n" +
+          std::to_string(Config::kBlockN) + (Config::kScoreOptions ? ", options>" : ">"),
+      std::to_string(Config::kTileM) + " x " + std::to_string(Config::kTileN) + " x " + head_dim,
+      sparse_attention_kernel<Config>, Config::kThreads, Config::kSmemBytes);
+}
+
+template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions>
+cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream) {
+  return launch_config<AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>>(params, stream);
+}
+
 template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions>
 void describe_attention(std::vector<KernelInfo>& kernels) {
-  using Config = AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>;
-  const std::string dtype = Config::kIsHalf ? "fp16" : "bf16";
-  describe_kernel(kernels,
-                  "sparse_attention_sm90<" + dtype + ", d" + std::to_string(kHeadDim) + ", n" +
-                      std::to_string(kBlockN) + (kScoreOptions ? ", options>" : ">"),
-                  std::to_string(Config::kTileM) + " x " + std::to_string(Config::kTileN) + " x " +
-                      std::to_string(kHeadDim),
-                  sparse_attention_kernel<Config>, Config::kThreads, Config::kSmemBytes);
+  describe_config<AttentionConfig<Element, kHeadDim, kBlockN, kScoreOptions>>(kernels);
+}
+
+template <typename Element, int kHeadDim, int kBlockN>
+cudaError_t launch_attention_fp8(const SparseAttentionParams& params, cudaStream_t stream) {
+  return launch_config<Fp8AttentionConfig<Element, kHeadDim, kBlockN>>(params, stream);
+}
+
+template <typename Element, int kHeadDim, int kBlockN>
+void describe_attention_fp8(std::vector<KernelInfo>& kernels) {
+  describe_config<Fp8AttentionConfig<Element, kHeadDim, kBlockN>>(kernels);
 }
 
 }  // namespace prism::sm90

@@ -18,4 +18,11 @@ cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t s
 template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions = false>
 void describe_attention(std::vector<KernelInfo>& kernels);
 
+// The same for float8 e4m3 keys and values, up to head_dim 128.
+template <typename Element, int kHeadDim, int kBlockN>
+cudaError_t launch_attention_fp8(const SparseAttentionParams& params, cudaStream_t stream);
+
+template <typename Element, int kHeadDim, int kBlockN>
+void describe_attention_fp8(std::vector<KernelInfo>& kernels);
+
 }  // namespace prism::sm90

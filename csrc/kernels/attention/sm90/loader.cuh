@@ -15,7 +15,6 @@ enum class Operand { kKeys, kValues };
 
 template <typename Config, Operand kOperand>
 struct Loader {
-  using Element = typename Config::Element;
   using Storage = typename Config::SharedStorage;
   static constexpr bool kKeys = kOperand == Operand::kKeys;
   static constexpr int kBoxN = Config::kBoxN;
@@ -26,7 +25,7 @@ struct Loader {
   const SparseAttentionParams& params;
   Storage& storage;
   Ring<Config::kStagesTile> tile_ring;
-  Ring<kKeys ? Config::kStagesK : Config::kStagesV> ring;
+  Ring<kKeys ? Config::kLoadStagesK : Config::kLoadStagesV> ring;
 
   __device__ Loader(const KernelArguments& arguments, Storage& storage)
       : arguments(arguments), params(arguments.params), storage(storage) {}
@@ -145,12 +144,13 @@ struct Loader {
       find_page_row(tile, key, x, y);
     }
     const uint32_t stage = ring.stage();
-    auto& free = kKeys ? storage.k_free[stage] : storage.v_free[stage];
-    auto& full = kKeys ? storage.k_full[stage] : storage.v_full[stage];
-    auto& target = kKeys ? storage.k[stage] : storage.v[stage];
+    auto& loads = Config::load_target(storage);
+    auto& free = kKeys ? loads.k_free[stage] : loads.v_free[stage];
+    auto& full = kKeys ? loads.k_full[stage] : loads.v_full[stage];
+    auto& target = kKeys ? loads.k[stage] : loads.v[stage];
     free.wait(ring.phase() ^ 1);
     if (is_leader()) {
-      full.arrive_and_expect_tx(Config::kBytesKV);
+      full.arrive_and_expect_tx(Config::kLoadBytesKV);
     }
     __syncwarp();
     if (takes_part) {
@@ -179,14 +179,16 @@ struct Loader {
   }
 
   // Rows from (x, y) on into the rows from `target_row` on of each panel.
-  template <int kPanel>
+  template <typename Target, int kPanels, int kPanel>
   __device__ void load(const CUtensorMap& map, cutlass::arch::ClusterTransactionBarrier& full,
-                       TMA::CacheHintSm90 hint, Element (&target)[Config::kPanels][kPanel],
-                       int target_row, int x, int head, int y) const {
+                       TMA::CacheHintSm90 hint, Target (&target)[kPanels][kPanel], int target_row,
+                       int x, int head, int y) const {
+    constexpr int kColumns = Config::kHeadDim / kPanels;
 #pragma unroll
-    for (int panel = 0; panel < Config::kPanels; ++panel) {
+    for (int panel = 0; panel < kPanels; ++panel) {
       SM90_TMA_LOAD_5D::copy(&map, reinterpret_cast<uint64_t*>(&full), static_cast<uint64_t>(hint),
-                             &target[panel][target_row * 64], panel * 64, x, head, y, arguments.z);
+                             &target[panel][target_row * kColumns], panel * kColumns, x, head, y,
+                             arguments.z);
     }
   }
 };

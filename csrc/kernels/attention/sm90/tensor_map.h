@@ -1,6 +1,6 @@
 // How the tensor memory accelerator finds the rows of q, k, v and out.
 //
-// A map has the dimensions (column, x, head, y, z), moved 64 columns of some x at a time. Rows
+// A map has the dimensions (column, x, head, y, z), moved a box of some x at a time. Rows
 // whose x lies outside the map are zeros when read and left out when written.
 //
 // Batched: x is the row, y the batch element, z is 0.
@@ -35,12 +35,14 @@ struct MapShape {
   bool ragged;
 };
 
+// Rows of 64 16-bit elements are swizzled, those of fp8 are plain and of any length.
 inline cudaError_t encode_tensor_map(CUtensorMap& map, const TensorView& x, DType dtype,
-                                     const MapShape& shape, int box_rows) {
-  constexpr uint64_t kBytes = 2;  // of an element
-  const uint64_t row_bytes = static_cast<uint64_t>(x.row_stride) * kBytes;
-  const uint64_t head_bytes = static_cast<uint64_t>(x.head_stride) * kBytes;
-  const uint64_t batch_bytes = static_cast<uint64_t>(x.batch_stride) * kBytes;
+                                     const MapShape& shape, int box_rows, int box_columns = 64) {
+  const bool fp8 = dtype == DType::kFloat8E4M3;
+  const uint64_t bytes = fp8 ? 1 : 2;  // of an element
+  const uint64_t row_bytes = static_cast<uint64_t>(x.row_stride) * bytes;
+  const uint64_t head_bytes = static_cast<uint64_t>(x.head_stride) * bytes;
+  const uint64_t batch_bytes = static_cast<uint64_t>(x.batch_stride) * bytes;
   const auto columns = static_cast<uint64_t>(shape.head_dim);
   const auto heads = static_cast<uint64_t>(shape.heads);
   uint64_t sizes[5] = {columns, static_cast<uint64_t>(shape.rows), heads,
@@ -53,14 +55,16 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, const TensorView& x, DTyp
     strides[2] = row_bytes;
     strides[3] = (uint64_t{1} << 34) - row_bytes;
   }
-  const uint32_t box[5] = {64, static_cast<uint32_t>(box_rows), 1, 1, 1};
+  const uint32_t box[5] = {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows), 1,
+                           1, 1};
   const uint32_t steps[5] = {1, 1, 1, 1, 1};
-  const CUtensorMapDataType type =
-      dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMapDataType type = fp8                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                   : dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
       &map, type, 5u, x.data, &sizes[0], &strides[0], &box[0], &steps[0],
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      CU_TENSOR_MAP_INTERLEAVE_NONE, fp8 ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : kTensorMapRefused;
 }
 

@@ -1,4 +1,4 @@
-"""prism::pool_cells_ and prism::select_grid: estimate_grid in two steps, keys pooled as they come."""
+"""prism::pool_cells_ and prism::select_grid: two steps of estimate_grid."""
 
 from __future__ import annotations
 
@@ -66,10 +66,11 @@ def statistics(k: torch.Tensor) -> torch.Tensor:
         (128, 1000),
     ],
 )
-def test_cells_hold_mean_and_spread(
-    device: str, head_dim: int, length: int, layout: str
-) -> None:
-    k = inputs.tensor((2, 3, length, head_dim), torch.bfloat16, device, seed=1, layout=layout) * 5 + 1
+def test_cells_hold_mean_and_spread(device: str, head_dim: int, length: int, layout: str) -> None:
+    k = (
+        inputs.tensor((2, 3, length, head_dim), torch.bfloat16, device, seed=1, layout=layout) * 5
+        + 1
+    )
     cells, factors = pool(k)
     want = statistics(k)
     got = cells.double() * factors.double().unsqueeze(-1)

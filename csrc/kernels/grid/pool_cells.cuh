@@ -79,9 +79,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   // Threads beyond the last dimension repeat the first ones; their results are zeroed.
   const bool has_dims = kRows == Rows::kWhole || lane * kVector < arguments.head_dim;
   const int first_dim = has_dims ? lane * kVector : 0;
-  const Element* source =
-      static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
-      head * task.x.head_stride + first_token * task.x.row_stride + first_dim;
+  const Element* source = static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
+                          head * task.x.head_stride + first_token * task.x.row_stride + first_dim;
   Pack<Element> packs[kCellTokens];
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {

@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from prism_cuda import _ops, recording
 from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import PrismConfig
+from prism_cuda.config import MAX_HEAD_DIM, Estimator, PrismConfig
 from prism_cuda.per_head import (
     HeadBands,
     Selection,
@@ -23,8 +23,6 @@ from prism_cuda.per_head import (
     take,
 )
 
-# Of the heads that blocks are estimated for: multiples of 8.
-MAX_HEAD_DIM = {"bands": 256, "grid": 128}
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -39,11 +37,13 @@ class Dispatch:
         path: "prism" (block-sparse) or "dense" (torch's scaled_dot_product_attention).
         kernel: the attention kernel: "sm80", ..., "cpu" for the reference, "sdpa" for dense.
         reason: why, in one phrase.
+        estimator: "grid" or "bands", what the blocks are chosen by; None for dense.
     """
 
     path: recording.Path
     kernel: str
     reason: str
+    estimator: Estimator | None = None
 
 
 def _dense(reason: str) -> Dispatch:
@@ -68,6 +68,7 @@ def dispatch(
         return _dense(f"q_len {q_len} is less than one block of {q_block_size}")
     if k_len < config.dense_below:
         return _dense(f"k_len {k_len} is below dense_below {config.dense_below}")
+    estimator = config.estimator_of(head_dim)
     largest = MAX_HEAD_DIM[config.estimator]
     if head_dim % 8 or not 0 < head_dim <= largest:
         return _dense(
@@ -80,7 +81,7 @@ def dispatch(
     if dtype not in dtypes:
         return _dense(f"{dtype} is not supported on {device.type}")
     if device.type == "cpu":
-        return Dispatch("prism", "cpu", "block-sparse")
+        return Dispatch("prism", "cpu", "block-sparse", estimator)
     _ops.load()
     major, minor = torch.cuda.get_device_capability(device)
     kernel = torch.ops.prism.attention_kernel(
@@ -88,7 +89,7 @@ def dispatch(
     )
     if kernel.startswith("unsupported"):
         return _dense(kernel)
-    return Dispatch("prism", kernel, "block-sparse")
+    return Dispatch("prism", kernel, "block-sparse", estimator)
 
 
 def prefill(
@@ -106,7 +107,7 @@ def prefill(
 
     Args:
         q: (B, Hq, q_len, D), already rotated; bf16 or fp16 (float32 too on CPU), D a
-            multiple of 8 up to 256 (128 for estimator "grid").
+            multiple of 8 up to 256 (128 where the config asks for the grid).
         k, v: (B, Hkv, k_len, D) with Hq a multiple of Hkv. Any strides whose last is 1.
         config: settings; what it rules out (short sequences, other dtypes or head sizes) runs as
             dense attention, see :func:`dispatch`.
@@ -266,7 +267,15 @@ def run_sparse(
         kept_mask = mask if recorder.masks else None
         recorder.calls.append(
             recording.CallRecord(
-                layer_idx, "prism", reason, q_len, k_len, mask.density(), kept_mask, times
+                layer_idx,
+                "prism",
+                reason,
+                q_len,
+                k_len,
+                mask.density(),
+                kept_mask,
+                times,
+                "grid" if bands is None else "bands",
             )
         )
     return out, lse, mask
@@ -368,7 +377,8 @@ def _full_mask(q: torch.Tensor, k: torch.Tensor, config: PrismConfig, causal: bo
 
 
 def _bands(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
-    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
+    head_dim = q.shape[-1]
+    return config.resolve_bands(head_dim) if config.estimator_of(head_dim) == "bands" else None
 
 
 def _estimate(
@@ -462,8 +472,10 @@ def select_from_cells(
 def selection_arguments(setting: Setting, config: PrismConfig) -> tuple:
     """What the ops take of a setting: bands if any, and what to keep of the probabilities."""
     ranges, top_p = setting
-    bands = () if ranges is None else (list(ranges[0]), list(ranges[1]))
-    return *bands, top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
+    rules = (top_p, config.keep_sink, config.keep_recent)
+    if ranges is None:
+        return *rules, config.threshold(top_p, "grid")
+    return list(ranges[0]), list(ranges[1]), *rules, config.threshold(top_p, "bands")
 
 
 def timed(stage: Callable[[], _Result], device: torch.device) -> tuple[_Result, float]:

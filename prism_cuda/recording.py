@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prism_cuda.block_mask import BlockMask
+from prism_cuda.config import Estimator
 
 Path = Literal["prism", "dense"]
 
@@ -25,6 +26,7 @@ class CallRecord:
         mask: the block mask if masks were asked for and the path is "prism".
         times: seconds per stage ("pool", "select", "attend") if times were asked for; the grid
             estimator pools within "select", and a dense call has "attend" only.
+        estimator: "grid" or "bands", what the blocks were chosen by; None for dense calls.
     """
 
     layer_idx: int | None
@@ -35,6 +37,7 @@ class CallRecord:
     density: float
     mask: BlockMask | None = None
     times: dict[str, float] = field(default_factory=dict)
+    estimator: Estimator | None = None
 
 
 @dataclass

@@ -131,7 +131,7 @@ def prefill_varlen(
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
             max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
-        config: settings; its estimator must be "bands".
+        config: settings. Estimator "auto" is "bands" here; "grid" is refused.
         scale: softmax scale; D ** -0.5 if None.
         causal: row i of a sequence sees keys up to i + (k_len - q_len).
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
@@ -145,14 +145,12 @@ def prefill_varlen(
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
-        ValueError: if the config's estimator is not "bands", or its settings of heads do not fit
-            their number.
+        ValueError: if the config's estimator is "grid", or its settings of heads do not fit their
+            number.
     """
     config = config or PrismConfig()
-    if config.estimator != "bands":
-        raise ValueError(
-            f"prefill_varlen: config.estimator is {config.estimator!r}; expected 'bands'"
-        )
+    if config.estimator == "grid":
+        raise ValueError("prefill_varlen: config.estimator is 'grid'; expected 'auto' or 'bands'")
     _ops.load()
     where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
     q_heads, kv_heads = q.shape[-2], k.shape[-2]

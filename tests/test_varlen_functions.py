@@ -84,7 +84,9 @@ def test_prefill_of_a_ragged_batch_is_that_of_its_sequences() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(330, 4, 64), torch.randn(900, 2, 64), torch.randn(900, 2, 64)
     q_ends, k_ends = (0, 200, 330), (0, 230, 900)
-    config = prism_cuda.PrismConfig(block_size=64, top_p=0.7, keep_above=0.3, dense_below=0)
+    config = prism_cuda.PrismConfig(
+        block_size=64, estimator="bands", top_p=0.7, keep_above=0.3, dense_below=0
+    )
     out, lse, bits, counts = prism_cuda.prefill_varlen(
         q,
         k,

@@ -143,7 +143,7 @@ class PrismAttention:
             _warn_of_dense(call, query, key, mask, choice.reason)
             return dense.attend(call, query, key, value, mask, choice.reason)
         bands = None
-        if call.config.estimator == "bands":
+        if choice.estimator == "bands":
             ranges = layer_ranges(call.module, query.shape[-1], call.config)
             of_heads = tuple(Bands(*of_head) for of_head in ranges)
             bands = of_heads if call.config.bands_per_head() else of_heads[0]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from prism_cuda import reference  # registers the ops too
 from prism_cuda.chunked import running_sums
-from prism_cuda.functional import MAX_HEAD_DIM
+from prism_cuda.config import MAX_HEAD_DIM
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]

@@ -6,9 +6,10 @@
 Two kinds of rows for prism: `structured` is prefill on inputs with topics and an anchor, at the
 density that top-p finds there; a number is a fixed density: estimation on the same inputs, then
 attention under a random mask of that density. Flex computes the blocks that prism kept, without
-estimating them. `prism_grid` is the grid estimator on the structured inputs. Calls that take more
-than a second are timed once ("once"), all others replay a CUDA graph. The crossover is the length
-above which prism beats the best dense kernel.
+estimating them. `prism_grid` is the grid estimator with its default settings on the structured
+inputs; the other rows of prism select by bands, with 128-key blocks. Calls that take more than a
+second are timed once ("once"), all others replay a CUDA graph. The crossover is the length above
+which prism beats the best dense kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from prism_cuda._bits import unpack  # registers the ops too
 COLUMNS = ["L", "distribution", "kept_density", "impl", "mode", "ms", "speedup", "error"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
 IMPLS = ("prism", "prism_grid", "fa2", "cudnn", "flex", "stages")
-GRID_TOP_P = 0.9  # with its threshold, near the quality of the bands at 0.95: docs/quality.md
+# PrismConfig's defaults. With them and its threshold the grid keeps more quality than the bands at
+# 0.95, and with 0.9 still no less: docs/quality.md.
+GRID_TOP_P = 0.95
+GRID_KEYS = 64
 BLOCK = 128
 DENSE = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 Row = dict[str, Any]
@@ -111,11 +115,13 @@ class Bench:
         ops = torch.ops.prism
 
         def whole() -> Tensor:
-            bits, counts = ops.estimate_grid(q, k, GRID_TOP_P, keep_above=(1 - GRID_TOP_P) / 10)
-            ops.sparse_attention(q, k, v, bits, counts)
+            bits, counts = ops.estimate_grid(
+                q, k, GRID_TOP_P, keep_above=(1 - GRID_TOP_P) / 10, k_block_size=GRID_KEYS
+            )
+            ops.sparse_attention(q, k, v, bits, counts, k_block_size=GRID_KEYS)
             return counts
 
-        density = float(whole().sum(dtype=torch.int64)) / visible
+        density = float(whole().sum(dtype=torch.int64)) * GRID_KEYS / BLOCK / visible
         self.add(q.shape[2], "structured", "prism_grid", timed(whole), kept_density=density)
 
     def add_fixed(

@@ -9,7 +9,7 @@ import torch
 
 from prism_cuda import _ops, functional, recording, selection
 from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import PrismConfig
+from prism_cuda.config import MAX_HEAD_DIM, PrismConfig
 from prism_cuda.reference import CELL_TOKENS, cell_width
 
 _Result = TypeVar("_Result")
@@ -59,7 +59,7 @@ class _KeyMeans:
 
 
 class _KeyCells:
-    """What the grid needs of the keys: mean and variance of every 16."""
+    """What the grid needs of the keys: mean and spread of every 16."""
 
     def __init__(
         self,
@@ -104,7 +104,8 @@ class ChunkedPrefill:
         length: tokens whose keys have been pooled.
 
     Args:
-        batch, kv_heads, head_dim: of k; head_dim is a multiple of 8 up to 256, for the grid 128.
+        batch, kv_heads, head_dim: of k; head_dim is a multiple of 8 up to 256, or up to 128 where
+            the config asks for the grid.
         max_len: tokens that the prompt may grow to. A key head takes 4 * head_dim bytes a block
             with the bands, with the grid 260 or 516 (head_dim over 64) for every 16 tokens.
         config: settings; what it rules out (short chunks, few keys) runs as dense attention, as in
@@ -128,14 +129,15 @@ class ChunkedPrefill:
     ) -> None:
         self._config = config or PrismConfig()
         if not functional.is_estimated(head_dim, self._config):
-            largest = functional.MAX_ESTIMATED_HEAD_DIM[self._config.estimator]
+            largest = MAX_HEAD_DIM[self._config.estimator]
             raise ValueError(
                 f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
             )
         _ops.load()
+        self._estimator = self._config.estimator_of(head_dim)
         self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
-        keys = _KeyMeans if self._config.estimator == "bands" else _KeyCells
+        keys = _KeyMeans if self._estimator == "bands" else _KeyCells
         self._keys = keys((batch, kv_heads), head_dim, max_len, self._config, device)
         self.length = 0
 
@@ -240,7 +242,15 @@ class ChunkedPrefill:
             kept = mask if recorder.masks else None
             recorder.calls.append(
                 recording.CallRecord(
-                    None, "prism", choice.reason, q_len, k_len, mask.density(), kept, times
+                    None,
+                    "prism",
+                    choice.reason,
+                    q_len,
+                    k_len,
+                    mask.density(),
+                    kept,
+                    times,
+                    self._estimator,
                 )
             )
         return (out, mask) if return_mask else out

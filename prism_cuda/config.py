@@ -14,7 +14,11 @@ from prism_cuda.bands import LAYOUTS, Bands, Layout
 
 BandsChoice = Literal["auto"] | tuple[int, int] | Bands
 
-ESTIMATORS = ("bands", "grid")
+Estimator = Literal["bands", "grid"]
+
+ESTIMATORS = ("auto", "grid", "bands")
+# Of the heads that blocks are estimated for: multiples of 8.
+MAX_HEAD_DIM = {"auto": 256, "grid": 128, "bands": 256}
 BLOCK_SIZES = ((128, 128), (64, 64), (128, 64))
 
 # Used only where neither the caller nor a model says which frequencies the heads rotate with.
@@ -38,10 +42,12 @@ class PrismConfig:
 
     Attributes:
         block_size: tokens per block, 128 or 64, or a (query, key) pair; (128, 64) is the one mixed
-            pair.
+            pair, and what docs/quality.md measures the grid with.
         estimator: "bands" scores pooled blocks in two RoPE frequency bands (Prism). "grid" scores
-            means of 16 queries and 16 keys over the full width: sparser at equal perplexity, needs
-            no bands and works without RoPE, and takes longer; see docs/quality.md.
+            means of 16 queries and 16 keys over the full width, and keeps what any 16 queries of a
+            block look at: much sparser at equal quality, needs no bands and works without RoPE, and
+            takes longer; see docs/quality.md. "auto" is "bands" where ``bands`` sets them, heads
+            have more than 128 dimensions or keys are float8, and "grid" everywhere else.
         top_p: probability mass each band, or the grid, keeps per query block, in [0, 1]. The one
             quality knob: higher keeps more blocks; 1 keeps all. A sequence gives one value per
             query head.
@@ -68,8 +74,8 @@ class PrismConfig:
         ValueError: naming the field, its value and what is allowed.
     """
 
-    block_size: int | tuple[int, int] = 128
-    estimator: Literal["bands", "grid"] = "bands"
+    block_size: int | tuple[int, int] = (128, 64)
+    estimator: Literal["auto", "grid", "bands"] = "auto"
     top_p: float | Sequence[float] = 0.95
     keep_above: float | None = None
     bands: BandsChoice | Sequence[BandsChoice] = "auto"
@@ -224,10 +230,17 @@ class PrismConfig:
             values[head] = 1.0
         return values[0] if len(set(values)) == 1 else tuple(values)
 
-    def threshold(self, top_p: float) -> float | None:
+    def estimator_of(self, head_dim: int, fp8_keys: bool = False) -> Estimator:
+        """``estimator``, resolved for heads of ``head_dim`` dimensions."""
+        if self.estimator != "auto":
+            return self.estimator
+        no_grid = self.bands != "auto" or fp8_keys or head_dim > MAX_HEAD_DIM["grid"]
+        return "bands" if no_grid else "grid"
+
+    def threshold(self, top_p: float, estimator: Estimator) -> float | None:
         """keep_above, resolved for heads of this top_p: blocks of at least this probability are
         kept; None for no such rule."""
-        if self.keep_above is None and self.estimator == "grid" and top_p < 1:
+        if self.keep_above is None and estimator == "grid" and top_p < 1:
             return (1 - top_p) / 10
         return self.keep_above
 

@@ -13,11 +13,10 @@ from torch.nn.attention.bias import causal_lower_right
 
 from prism_cuda import _ops, recording, selection
 from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import PrismConfig
+from prism_cuda.config import MAX_HEAD_DIM, Estimator, PrismConfig
 from prism_cuda.per_head import HeadBands, settings_of_heads
 
-MAX_HEAD_DIM = 256  # of attention; multiples of 8
-MAX_ESTIMATED_HEAD_DIM = {"bands": 256, "grid": 128}
+MAX_ATTENTION_HEAD_DIM = 256  # multiples of 8
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -59,11 +58,13 @@ class Dispatch:
         path: "prism" (block-sparse) or "dense" (torch's scaled_dot_product_attention).
         kernel: the attention kernel: "sm80", ..., "cpu" for the reference, "sdpa" for dense.
         reason: why, in one phrase.
+        estimator: "grid" or "bands", what the blocks are chosen by; None where nothing is chosen.
     """
 
     path: recording.Path
     kernel: str
     reason: str
+    estimator: Estimator | None = None
 
 
 def dispatch(
@@ -91,7 +92,9 @@ def dispatch(
     if reason is None and kernel.startswith("unsupported"):
         reason = kernel
     if reason is None:
-        return Dispatch("prism", kernel, WINDOW_REASON if windowed else "block-sparse")
+        if windowed:
+            return Dispatch("prism", kernel, WINDOW_REASON)
+        return Dispatch("prism", kernel, "block-sparse", config.estimator_of(head_dim))
     # Torch's attention knows none of these: the block-sparse kernel computes every block.
     if sinks or softcap is not None or windowed:
         return Dispatch("dense", kernel, reason)
@@ -115,14 +118,14 @@ def why_dense(
     if not windowed and not is_estimated(head_dim, config):
         return (
             f"head_dim {head_dim} is not a multiple of 8 up to "
-            f"{MAX_ESTIMATED_HEAD_DIM[config.estimator]}, as estimator {config.estimator!r} needs"
+            f"{MAX_HEAD_DIM[config.estimator]}, as estimator {config.estimator!r} needs"
         )
     return None
 
 
 def is_estimated(head_dim: int, config: PrismConfig) -> bool:
     """Whether config's estimator has kernels for this head size."""
-    return head_dim % 8 == 0 and 0 < head_dim <= MAX_ESTIMATED_HEAD_DIM[config.estimator]
+    return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM[config.estimator]
 
 
 def attention_kernel(
@@ -135,8 +138,8 @@ def attention_kernel(
     dtypes = CUDA_DTYPES if device.type == "cuda" else CPU_DTYPES
     if dtype not in dtypes:
         return f"unsupported: {dtype} is not supported on {device.type}"
-    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
-        return f"unsupported: head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}"
+    if head_dim % 8 or not 0 < head_dim <= MAX_ATTENTION_HEAD_DIM:
+        return f"unsupported: head_dim must be a multiple of 8 up to {MAX_ATTENTION_HEAD_DIM}"
     if device.type == "cpu":
         return "cpu"
     _ops.load()
@@ -164,7 +167,7 @@ def prefill(
 
     Args:
         q: (B, Hq, q_len, D), already rotated; bf16 or fp16 (float32 too on CPU), D a
-            multiple of 8 up to 256 (128 for estimator "grid").
+            multiple of 8 up to 256 (128 where the config asks for the grid).
         k, v: (B, Hkv, k_len, D) with Hq a multiple of Hkv. Any strides whose last is 1.
         config: settings; what it rules out (short sequences, other dtypes or head sizes) runs as
             dense attention, see :func:`dispatch`.
@@ -348,7 +351,15 @@ def run_sparse(
         kept_mask = mask if recorder.masks else None
         recorder.calls.append(
             recording.CallRecord(
-                layer_idx, "prism", reason, q_len, k_len, mask.density(), kept_mask, times
+                layer_idx,
+                "prism",
+                reason,
+                q_len,
+                k_len,
+                mask.density(),
+                kept_mask,
+                times,
+                None if scores.windowed(k_len) else "grid" if bands is None else "bands",
             )
         )
     return out, lse, mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,8 @@ from prism_cuda.config import PrismConfig
 from prism_cuda.functional import PLAIN, Scores
 from prism_cuda.per_head import HeadBands, Selection, Setting, each_setting, settings_of_heads, take
 
+# The bands that blocks are scored in, or the grid.
+Chooser = HeadBands | Literal["grid"]
 Run = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # out, lse, bits, counts
 
 
@@ -55,7 +58,7 @@ def run(
     k: torch.Tensor,
     v: torch.Tensor,
     where: Sequences,
-    bands: HeadBands | None,
+    chooser: Chooser | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
@@ -70,8 +73,9 @@ def run(
     """Block-sparse attention of a ragged batch, recorded by sequence: (out, lse, bits, counts).
 
     Args:
-        bands: None to keep every block that the rows see: for a window, for ``dense``, for a head
-            size that is not estimated, and where :func:`selects` says so.
+        chooser: what blocks are chosen by; None to keep every block that the rows see: for a
+            window, for ``dense``, for a head size that is not estimated, and where :func:`selects`
+            says so.
         exact_mask: make bits and counts those of the kept blocks alone. Otherwise bits of blocks
             that attention does not look at may be set, which takes fewer launches.
         dense: why every sequence keeps every block; None to select.
@@ -79,10 +83,10 @@ def run(
     _ops.load()
     recorder = recording.active()
     times: dict[str, float] = {}
-    bands = None if dense else bands
+    chooser = None if dense else chooser
 
     def select() -> Selection:
-        return _select(q, k, where, bands, config, causal, k_scale)
+        return _select(q, k, where, chooser, config, scale, causal, k_scale)
 
     def attend() -> tuple[torch.Tensor, torch.Tensor]:
         return _ops.call(
@@ -110,12 +114,12 @@ def run(
         bits, counts = select()
         out, lse = attend()
     if exact_mask or recorder is not None:
-        short = None if bands is None else _short(where, config)
+        short = None if chooser is None else _short(where, config)
         bits, counts = _exact(bits, counts, where, short, config, causal, scores.window_left)
     if recorder is not None:
         _record(
-            recorder, bits, counts, where, q.shape[-1], config, causal, scores, dense, layer_idx,
-            times,
+            recorder, bits, counts, where, q.shape[-1], chooser, config, causal, scores, dense,
+            layer_idx, times,
         )  # fmt: skip
     return out, lse, bits, counts
 
@@ -136,24 +140,25 @@ def _select(
     q: torch.Tensor,
     k: torch.Tensor,
     where: Sequences,
-    bands: HeadBands | None,
+    chooser: Chooser | None,
     config: PrismConfig,
+    scale: float | None,
     causal: bool,
     k_scale: torch.Tensor | None,
 ) -> Selection:
     """Bits and counts for attention, which looks at no block that its rows do not see.
 
-    So every bit may be set where all blocks are kept: without bands, and in short sequences.
+    So every bit may be set where all blocks are kept: without a chooser, and in short sequences.
     """
     words = -(-where.max_seqlen_k // (config.block_sizes[1] * _bits.WORD_BITS))
-    if bands is None:
+    if chooser is None:
         q_blocks = -(-where.max_seqlen_q // config.block_sizes[0])
         rows = (where.cu_seqlens_q.shape[0] - 1, q.shape[1], q_blocks)
         return (
             q.new_full((*rows, words), -1, dtype=torch.int32),
             q.new_full(rows, words * _bits.WORD_BITS, dtype=torch.int32),
         )
-    bits, counts = _estimate(q, k, where, bands, config, causal, k_scale)
+    bits, counts = _estimate(q, k, where, chooser, config, scale, causal, k_scale)
     short = _short(where, config)[:, None, None]
     return (
         bits.masked_fill_(short[..., None], -1),
@@ -190,8 +195,9 @@ def _estimate(
     q: torch.Tensor,
     k: torch.Tensor,
     where: Sequences,
-    bands: HeadBands,
+    chooser: Chooser,
     config: PrismConfig,
+    scale: float | None,
     causal: bool,
     k_scale: torch.Tensor | None,
 ) -> Selection:
@@ -200,21 +206,22 @@ def _estimate(
     Heads are taken as views, never as copies: k may be a whole pool of pages.
     """
     q_heads, kv_heads = q.shape[1], k.shape[-2]
+    bands = None if chooser == "grid" else chooser
 
     def select(heads: IntSequence[int], kv: IntSequence[int], setting: Setting) -> Selection:
         # From the first to the last key head that is read: some may be estimated in vain.
         first, end = kv[0], kv[-1] + 1
         group = q_heads // kv_heads
-        bits, counts = _ops.call(
-            torch.ops.prism.estimate_blocks_varlen,
-            q[:, first * group : end * group],
-            k[..., first:end, :],
-            *where.arguments(),
-            *selection.arguments(setting, config),
-            causal,
-            *config.block_sizes,
-            None if k_scale is None else k_scale[first:end],
-        )
+        inputs = (q[:, first * group : end * group], k[..., first:end, :], *where.arguments())
+        rules = selection.arguments(setting, config)
+        sizes = (causal, *config.block_sizes)
+        if bands is None:
+            op = torch.ops.prism.estimate_grid_varlen
+            bits, counts = _ops.call(op, *inputs, *rules, scale, *sizes)
+        else:
+            op = torch.ops.prism.estimate_blocks_varlen
+            scales = None if k_scale is None else k_scale[first:end]
+            bits, counts = _ops.call(op, *inputs, *rules, *sizes, scales)
         wanted = [head - first * group for head in heads]
         return take(bits, wanted), take(counts, wanted)
 
@@ -233,6 +240,7 @@ def _record(
     counts: torch.Tensor,
     where: Sequences,
     head_dim: int,
+    chooser: Chooser | None,
     config: PrismConfig,
     causal: bool,
     scores: Scores,
@@ -269,6 +277,7 @@ def _record(
                 1.0 if reason else mask.density(),
                 mask if recorder.masks and not reason else None,
                 times,
+                None if reason or chooser is None else "grid" if chooser == "grid" else "bands",
             )
         )
         times = {}

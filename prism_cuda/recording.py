@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from prism_cuda.block_mask import BlockMask
+from prism_cuda.config import Estimator
 
 Path = Literal["prism", "dense"]
 
@@ -26,6 +27,7 @@ class CallRecord:
         times: seconds per stage ("pool", "select", "attend") if times were asked for; the grid
             estimator pools within "select", and a dense call has "attend" only. Of a ragged batch
             the first record has the times of all, pooling within "select".
+        estimator: "grid" or "bands", what the blocks were chosen by; None where nothing was chosen.
     """
 
     layer_idx: int | None
@@ -36,6 +38,7 @@ class CallRecord:
     density: float
     mask: BlockMask | None = None
     times: dict[str, float] = field(default_factory=dict)
+    estimator: Estimator | None = None
 
 
 @dataclass

@@ -254,13 +254,14 @@ def grid_masses(
     q_block_size: int,
     k_block_size: int,
 ) -> torch.Tensor:
-    """Share of every query block's attention that each key block holds, estimated on a grid.
+    """How much some queries of every query block need each key block, estimated on a grid.
 
     A cell of the grid is 16 queries by 16 keys. Its logit is that of the mean query and the mean
-    key, plus half the variance of the mean query's scores within the cell (the covariance of the
-    keys taken as diagonal), which averaging keys removes from the logarithm of the cell's mass. A
-    softmax over the visible cells of each 16 queries, summed to key blocks and averaged over the
-    query block, is the block's mass.
+    key, plus sum_d |q_d| std(k_d), q the mean query and std the keys' standard deviation in the
+    cell: about what the best key scores above the mean key. A softmax over the visible cells of
+    each 16 queries, summed to key blocks, gives the shares of the key blocks; a block's mass is
+    the largest share that any 16 queries of the query block give it, scaled to sum to 1, so that
+    queries that need one block are not outvoted by their neighbours.
 
     Args:
         q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax.
@@ -274,12 +275,15 @@ def grid_masses(
 
 
 def cell_statistics(k: torch.Tensor) -> torch.Tensor:
-    """Mean and variance of each dimension in every cell of keys: (B, H, ceil(L / 16), 2 D)."""
+    """Mean and spread of each dimension in every cell of keys: (B, H, ceil(L / 16), 2 D).
+
+    The spread is the standard deviation.
+    """
     means = block_pool(k, CELL_TOKENS)
     # Around the mean: less of it cancels than in the mean square minus the squared mean.
     own_mean = means.repeat_interleave(CELL_TOKENS, 2)[:, :, : k.shape[2]]
     variance = block_pool((k.to(means.dtype) - own_mean).square(), CELL_TOKENS)
-    return torch.cat([means, variance], -1)
+    return torch.cat([means, variance.sqrt()], -1)
 
 
 def _masses_of_cells(
@@ -293,7 +297,7 @@ def _masses_of_cells(
 ) -> torch.Tensor:
     kv_heads, q_len = k_vectors.shape[1], q.shape[2]
     q_means = block_pool(q, CELL_TOKENS)
-    q_vectors = torch.cat([q_means, (scale / 2) * q_means.square()], -1)
+    q_vectors = torch.cat([q_means, q_means.abs()], -1)
     grouped = q_vectors.unflatten(1, (kv_heads, q.shape[1] // kv_heads)) * scale
     logits = (grouped @ k_vectors.unsqueeze(2).mT).flatten(1, 2)
     visible = visible_blocks(q_len, k_len, causal, CELL_TOKENS, CELL_TOKENS, q.device)
@@ -304,9 +308,9 @@ def _masses_of_cells(
     pad_q = q_blocks * q_cells - probs.shape[2]
     pad_k = k_blocks * k_cells - probs.shape[3]
     probs = torch.nn.functional.pad(probs, (0, pad_k, 0, pad_q)).unflatten(3, (k_blocks, k_cells))
-    rows = torch.nn.functional.pad(seeing.to(probs.dtype), (0, 0, 0, pad_q))
-    masses = probs.sum(-1).unflatten(2, (q_blocks, q_cells)).sum(3)
-    return masses / rows.unflatten(0, (q_blocks, q_cells)).sum(1).clamp_min(1)
+    masses = probs.sum(-1).unflatten(2, (q_blocks, q_cells)).amax(3)
+    total = masses.sum(-1, keepdim=True)
+    return masses / torch.where(total == 0, 1, total)
 
 
 def estimate_grid(
@@ -360,7 +364,7 @@ def _select_by_cells(
 
 
 def cell_width(head_dim: int) -> int:
-    """Dimensions of a mean, or a variance, in the cells of :func:`pool_cells_`."""
+    """Dimensions of a mean, or a spread, in the cells of :func:`pool_cells_`."""
     return 64 if head_dim <= 64 else 128
 
 
@@ -370,7 +374,7 @@ def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, sta
     Args:
         x: (B, H, L, D), the tokens from position ``start`` on, a multiple of 16. An unfinished cell
             has to be given again, from its beginning, once it has more tokens.
-        cells: float16 (B, H, N, 2 W), W as :func:`cell_width` has it: mean and variance of every
+        cells: float16 (B, H, N, 2 W), W as :func:`cell_width` has it: mean and spread of every
             cell, zeros behind the D dimensions of each, brought into float16's range by a power of
             two.
         factors: float32 (B, H, N): what a cell is to be multiplied by; NaN where it is not finite.

@@ -19,7 +19,8 @@ from prism_cuda.per_head import (
 
 
 def bands_of(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
-    return config.resolve_bands(q.shape[-1]) if config.estimator == "bands" else None
+    head_dim = q.shape[-1]
+    return config.resolve_bands(head_dim) if config.estimator_of(head_dim) == "bands" else None
 
 
 def estimate(
@@ -113,5 +114,7 @@ def select_from_cells(
 def arguments(setting: Setting, config: PrismConfig) -> tuple:
     """What the ops take of a setting: bands if any, and what to keep of the probabilities."""
     ranges, top_p = setting
-    bands = () if ranges is None else (list(ranges[0]), list(ranges[1]))
-    return *bands, top_p, config.keep_sink, config.keep_recent, config.threshold(top_p)
+    rules = (top_p, config.keep_sink, config.keep_recent)
+    if ranges is None:
+        return *rules, config.threshold(top_p, "grid")
+    return list(ranges[0]), list(ranges[1]), *rules, config.threshold(top_p, "bands")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prism_cuda import _ops, ragged, selection
+from prism_cuda import _ops, ragged
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Scores
 from prism_cuda.ragged import Sequences
@@ -127,7 +127,7 @@ def prefill_varlen(
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """Estimate the blocks of every sequence of a ragged batch by bands, and attend to those.
+    """Estimate the blocks of every sequence of a ragged batch, and attend to those.
 
     The host needs no lengths and nothing here waits for them: a captured CUDA graph follows lengths
     and pages. Every sequence keeps the blocks that it would keep by itself in
@@ -141,7 +141,7 @@ def prefill_varlen(
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
             max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
-        config: settings; its estimator must be "bands".
+        config: settings.
         scale: softmax scale; D ** -0.5 if None.
         causal: row i of a sequence sees keys up to i + (k_len - q_len).
         sinks, softcap: as for :func:`prism_cuda.prefill`.
@@ -159,21 +159,20 @@ def prefill_varlen(
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
-        ValueError: if the config's estimator is not "bands", or if its top_p or dense_heads do not
-            fit q's heads.
+        ValueError: if the config's settings of heads do not fit their number.
     """
     config = config or PrismConfig()
-    if config.estimator != "bands":
-        raise ValueError(
-            f"prefill_varlen: config.estimator is {config.estimator!r}; expected 'bands'"
-        )
     where = Sequences(
         cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k
     )
     scores = Scores(sinks, softcap, window_left)
-    bands = selection.bands_of(q, config) if ragged.selects(where, config, scores) else None
+    chooser: ragged.Chooser | None = None
+    if ragged.selects(where, config, scores):
+        fp8_keys = k.dtype == torch.float8_e4m3fn
+        by_grid = config.estimator_of(q.shape[-1], fp8_keys) == "grid"
+        chooser = "grid" if by_grid else config.resolve_bands(q.shape[-1])
     out, lse, bits, counts = ragged.run(
-        q, k, v, where, bands, config, scale, causal, scores,
+        q, k, v, where, chooser, config, scale, causal, scores,
         k_scale=k_scale, v_scale=v_scale, exact_mask=return_mask,
     )  # fmt: skip
     extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])

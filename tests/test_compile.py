@@ -15,9 +15,14 @@ from prism_cuda.bands import Bands
 pytestmark = pytest.mark.usefixtures("needs_library")
 
 SETTINGS = {
-    "one_top_p": PrismConfig(block_size=64, top_p=0.5, dense_below=0),
+    "one_top_p": PrismConfig(block_size=64, estimator="bands", top_p=0.5, dense_below=0),
+    "grid": PrismConfig(block_size=64, top_p=0.5, keep_above=0.2, dense_below=0),
     "top_p_per_head": PrismConfig(
-        block_size=64, top_p=(0.3, 0.6, 0.6, 0.3), dense_heads=(2,), dense_below=0
+        block_size=64,
+        estimator="bands",
+        top_p=(0.3, 0.6, 0.6, 0.3),
+        dense_heads=(2,),
+        dense_below=0,
     ),
     "bands_per_head": PrismConfig(
         block_size=64, bands=[(16, 32), "auto", (16, 32), Bands((0, 8), (5, 64))], dense_below=0

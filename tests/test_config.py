@@ -101,8 +101,7 @@ def test_settings_of_layers():
     third = config.for_layer(3)
     assert (third.top_p, third.bands, third.block_size) == ((0.5, 0.7), (16, 32), 64)
     assert (config.for_layer(5).top_p, config.for_layer(5).keep_sink) == (0.9, 4)
-    assert config.for_layer(5).threshold(0.9) == pytest.approx(0.01)
-    assert third.threshold(0.5) is None
+    assert (config.for_layer(5).estimator_of(64), third.estimator_of(64)) == ("grid", "bands")
     # What a layer does not set follows the config it is in.
     assert dataclasses.replace(config, top_p=0.8).for_layer(5).top_p == 0.8
     assert hash(config) == hash(dataclasses.replace(config))
@@ -182,8 +181,15 @@ def test_bands_that_do_not_fit_the_head():
 
 
 def test_threshold_of_the_grid_follows_top_p():
-    assert PrismConfig().threshold(0.9) is None
-    assert PrismConfig(keep_above=0.2).threshold(0.9) == 0.2
-    grid = PrismConfig(top_p=(0.9, 1.0), estimator="grid")
-    assert [grid.threshold(top_p) for top_p in grid.top_p] == [pytest.approx(0.01), None]
-    assert PrismConfig(keep_above=0.2, estimator="grid").threshold(0.9) == 0.2
+    assert PrismConfig().threshold(0.9, "bands") is None
+    assert PrismConfig().threshold(0.9, "grid") == pytest.approx(0.01)
+    assert PrismConfig().threshold(1.0, "grid") is None
+    for estimator in ("bands", "grid"):
+        assert PrismConfig(keep_above=0.2).threshold(0.9, estimator) == 0.2
+
+
+def test_the_estimator_is_the_grid_unless_the_bands_are_set_or_heads_are_large():
+    assert [PrismConfig().estimator_of(dim) for dim in (8, 128, 136)] == ["grid", "grid", "bands"]
+    assert PrismConfig(bands=(16, 32)).estimator_of(64) == "bands"
+    assert PrismConfig(bands=(16, 32), estimator="grid").estimator_of(64) == "grid"
+    assert PrismConfig(estimator="bands").estimator_of(64) == "bands"

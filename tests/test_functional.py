@@ -13,12 +13,12 @@ from prism_cuda.bands import Bands
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
-SPARSE = PrismConfig(block_size=64, top_p=0.5, dense_below=0)
+SPARSE = PrismConfig(block_size=64, estimator="bands", top_p=0.5, dense_below=0)
 # Of 64 dimensions, as the heads of these tests: a grid must not ask for bands that do not fit.
 GRID = PrismConfig(
     block_size=64, top_p=0.3, dense_below=0, estimator="grid", keep_above=0.3, bands=(64, 96)
 )
-EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
+EXACT = PrismConfig(block_size=64, estimator="bands", top_p=1.0, dense_below=0)
 DENSE = PrismConfig(block_size=64, dense_below=1 << 40)
 
 
@@ -156,7 +156,7 @@ def test_bands_per_head_are_each_head_on_its_own(device, name, top_p):
     q, k, v = (x.to(device) for x in structured_qkv(heads=len(of_heads)))
     if device == "cuda":
         q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
-    config = PrismConfig(block_size=64, bands=list(of_heads), top_p=top_p, dense_below=0)
+    config = dataclasses.replace(SPARSE, bands=list(of_heads), top_p=top_p)
     mask = check_bands_per_head(q, k, v, config)
     if name == "heads":
         alike = prism_cuda.select_blocks(q, k, config=dataclasses.replace(config, bands=WIDE))
@@ -255,9 +255,32 @@ def test_recorded_stages_give_the_same_result():
         out = prism_cuda.prefill(q, k, v, config=SPARSE)
     assert torch.equal(out, prism_cuda.prefill(q, k, v, config=SPARSE))
     (call,) = recording.calls
-    assert (call.path, call.layer_idx) == ("prism", None)
+    assert (call.path, call.layer_idx, call.estimator) == ("prism", None, "bands")
     assert set(call.times) == {"pool", "select", "attend"}
     assert call.mask is not None and call.density == call.mask.density()
+
+
+@pytest.mark.parametrize(
+    ("settings", "head_dim", "estimator"),
+    [
+        ({}, 64, "grid"),
+        ({}, 128, "grid"),
+        ({}, 136, "bands"),
+        ({"bands": (16, 32)}, 64, "bands"),
+        ({"bands": ["auto", "auto", (16, 32), "auto"]}, 64, "bands"),
+        ({"estimator": "bands"}, 64, "bands"),
+    ],
+)
+def test_the_estimator_follows_the_head_dim_and_the_bands(settings, head_dim, estimator):
+    config = PrismConfig(dense_below=0, **settings)
+    q, k = torch.randn(1, 4, 300, head_dim), torch.randn(1, 2, 300, head_dim)
+    choice = prism_cuda.dispatch(300, 300, head_dim, q.dtype, "cpu", config)
+    assert (choice.path, choice.estimator) == ("prism", estimator)
+    with prism_cuda.record() as recording:
+        _, mask = prism_cuda.prefill(q, k, k, config=config, return_mask=True)
+    assert recording.calls[0].estimator == estimator
+    fixed = dataclasses.replace(config, estimator=estimator)
+    assert torch.equal(mask.bits, prism_cuda.select_blocks(q, k, config=fixed).bits)
 
 
 def test_non_causal_stages_keep_their_causality():

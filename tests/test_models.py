@@ -13,7 +13,6 @@ transformers = pytest.importorskip("transformers", minversion="5")
 from helpers.models import EXACT, MODELS, SPARSE  # noqa: E402
 
 import prism_cuda  # noqa: E402
-from prism_cuda import PrismConfig  # noqa: E402
 from prism_cuda.integrations import rope  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("needs_library")
@@ -24,7 +23,7 @@ PROMPT = 200
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     prism_cuda.register(EXACT)
-    prism_cuda.register(PrismConfig(block_size=64, top_p=0.3, dense_below=0), "prism-sparse")
+    prism_cuda.register(dataclasses.replace(EXACT, top_p=0.3), "prism-sparse")
     prism_cuda.register(dataclasses.replace(EXACT, estimator="grid"), "prism-grid")
 
 

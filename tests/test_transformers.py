@@ -39,7 +39,8 @@ LLAMA3_SCALING = {
 @pytest.fixture(autouse=True)
 def _registered() -> None:
     prism_cuda.register(EXACT)
-    prism_cuda.register(PrismConfig(block_size=64, top_p=0.4, dense_below=0), "prism-sparse")
+    sparse = PrismConfig(block_size=64, estimator="bands", top_p=0.4, dense_below=0)
+    prism_cuda.register(sparse, "prism-sparse")
     prism_cuda.register(PrismConfig(), "prism-default")
 
 
@@ -108,6 +109,7 @@ def test_sparse_differs_and_is_recorded():
 def test_layers_and_heads_have_their_own_settings():
     config = PrismConfig(
         block_size=64,
+        estimator="bands",
         top_p=0.4,
         dense_below=0,
         dense_layers=1,
@@ -126,6 +128,7 @@ def test_layers_and_heads_have_their_own_settings():
     assert recording.calls[0].reason == "dense_layers"
     _, sparse, full, by_head, grid, last = recording.calls
     assert "pool" in sparse.times and "pool" not in grid.times
+    assert (sparse.estimator, grid.estimator) == ("bands", "grid")
     assert full.density == 1 and sparse.density < 1 and last.density < 1
     density = by_head.mask.density_per_head()[0]
     assert (density[1:3] == 1).all() and (density[[0, 3]] < 1).all()

@@ -129,7 +129,7 @@ class PerHead(Method):
 
 @dataclass(frozen=True)
 class Grid(Method):
-    """``fine``, by the package's kernel on CUDA: its cells are 16 x 16 as well.
+    """``peak``, by the package's kernel on CUDA: its cells are 16 x 16 as well.
 
     Attributes:
         divisor: of the rule ``either``; None for top-p alone.
@@ -212,8 +212,10 @@ def _divided(base: Method, divisor: int) -> Method:
     return replace(base, name=name, about=about, **changes)
 
 
-FINE_E = Grid("fine", "grid_16_16v, top-p or threshold", "variant", FINE, **EITHER)
-PEAK = _peak("peak", "largest share of any 16 queries, spread of the keys: top-p or threshold")
+FINE_E = Method("fine", "grid_16_16v, top-p or threshold", "variant", FINE, **EITHER)
+PEAK = _peak(
+    "peak", "largest share of any 16 queries, spread of the keys: top-p or threshold", Grid
+)
 
 _METHODS = (
     Method("dense", "every block", "reference", None, knobs=(1.0,), main=1.0),
@@ -325,8 +327,8 @@ _METHODS = (
     FINE_E,
     *(_divided(FINE_E, divisor) for divisor in DIVISORS),
     Method("fine_t", "fine with the threshold alone", "variant", FINE, **THRESHOLD),
-    Grid("fine_p", "fine with top-p alone", "variant", FINE, k_size=64, divisor=None),
-    Grid("fine_128", "fine, 128-key blocks", "variant", FINE, **EITHER | {"k_size": 128}),
+    Method("fine_p", "fine with top-p alone", "variant", FINE, k_size=64),
+    Method("fine_128", "fine, 128-key blocks", "variant", FINE, **EITHER | {"k_size": 128}),
     Method(
         "fine_undo", "fine, pooling's loss undone", "variant", partial(FINE, undo=0.3), **EITHER
     ),
@@ -386,9 +388,9 @@ _METHODS = (
     _peak_and_mean(
         "mixed_8_8", "mixed_by20, 8 x 8 cells, half the spread", q_step=8, k_step=8, spread=0.5
     ),
-    _peak("peak_p", "peak with top-p alone", rule=rules.top_p),
+    _peak("peak_p", "peak with top-p alone", Grid, rule=rules.top_p, divisor=None),
     _peak("peak_t", "peak with the threshold alone", rule=rules.above, knobs=TAU, main=5e-3),
-    _peak("peak_128", "peak, 128-key blocks", k_size=128),
+    _peak("peak_128", "peak, 128-key blocks", Grid, k_size=128),
     _peak("peak_16_16v", "peak with the keys' variance", variance=1.0, spread=0.0),
     _peak("peak_half", "peak with half the spread", spread=0.5),
     _peak("peak_more", "peak with 1.5 times the spread", spread=1.5),

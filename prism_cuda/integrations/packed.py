@@ -41,7 +41,7 @@ def attend_packed(
             f"prism: cu_seq_lens_k has {k_ends.shape[0]} entries; expected {q_ends.shape[0]}, as "
             "many as cu_seq_lens_q"
         )
-    obstacle = _why_apart(call, query, value, key.shape[2] if max_k_len is None else max_k_len)
+    obstacle = _why_apart(call, query, value)
     if obstacle is not None:
         return _one_by_one(
             query, key, value, *_bounds(query, key, q_ends, k_ends, obstacle), attend
@@ -55,9 +55,7 @@ def attend_packed(
     return _at_once(call, query, key, value, q_ends, k_ends, int(max_q_len), int(max_k_len))
 
 
-def _why_apart(
-    call: LayerCall, query: torch.Tensor, value: torch.Tensor, max_k_len: int
-) -> str | None:
+def _why_apart(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -> str | None:
     """Why the kernels cannot serve the batch in one launch, or None if they can."""
     if value.shape[-1] != query.shape[-1]:
         return f"v has head_dim {value.shape[-1]}, q has {query.shape[-1]}"
@@ -65,8 +63,6 @@ def _why_apart(
         return "a non-causal layer"
     if call.dropout > 0:
         return "dropout"
-    if call.config.estimator == "grid" and not call.dense and max_k_len >= call.config.dense_below:
-        return "the grid estimates one sequence at a time"
     kernel = functional.attention_kernel(query.shape[-1], query.dtype, query.device, call.config)
     return kernel if kernel.startswith("unsupported") else None
 
@@ -89,17 +85,18 @@ def _at_once(
     where = Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
     scores = call.kernel_scores()
     head_dim = query.shape[-1]
-    bands = None
+    chooser: ragged.Chooser | None = None
     selects = not call.dense and functional.is_estimated(head_dim, call.config)
     if selects and ragged.selects(where, call.config, scores):
-        bands = bands_of_layer(call.module, head_dim, call.config)
+        by_grid = call.config.estimator_of(head_dim) == "grid"
+        chooser = "grid" if by_grid else bands_of_layer(call.module, head_dim, call.config)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out, _, _, _ = ragged.run(
         q,
         k,
         v,
         where,
-        bands,
+        chooser,
         call.config,
         call.scale,
         True,

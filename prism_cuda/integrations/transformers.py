@@ -145,7 +145,7 @@ class PrismAttention:
             _warn_of_dense(call, query, key, mask, reason)
             return dense.attend(call, query, key, value, mask, reason)
         bands = None
-        if call.config.estimator == "bands" and not scores.windowed(key.shape[2]):
+        if choice.estimator == "bands":
             bands = bands_of_layer(call.module, query.shape[-1], call.config)
         out, _, _ = functional.run_sparse(
             query,

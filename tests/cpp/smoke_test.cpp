@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -357,25 +358,26 @@ void test_sparse_attention(const Shape& shape, const Input& q, const Input& k, c
   report("attention lse", shape, lse_error, 1e-3);
 }
 
-// Means and variances of a head's cells of 16 tokens: (cells, head_dim).
+// Means and standard deviations of a head's cells of 16 tokens: (cells, head_dim).
 struct Cells {
-  std::vector<std::vector<double>> means, variances;
+  std::vector<std::vector<double>> means, spreads;
 
   Cells(const Input& x, int head) {
     for (int begin = 0; begin < x.length; begin += 16) {
       const int end = std::min(begin + 16, x.length);
-      std::vector<double> mean(x.head_dim), variance(x.head_dim);
+      std::vector<double> mean(x.head_dim), spread(x.head_dim);
       for (int d = 0; d < x.head_dim; ++d) {
         for (int token = begin; token < end; ++token) {
           mean[d] += x.row(head, token)[d] / (end - begin);
         }
         for (int token = begin; token < end; ++token) {
           const double difference = x.row(head, token)[d] - mean[d];
-          variance[d] += difference * difference / (end - begin);
+          spread[d] += difference * difference / (end - begin);
         }
+        spread[d] = std::sqrt(spread[d]);
       }
       means.push_back(mean);
-      variances.push_back(variance);
+      spreads.push_back(spread);
     }
   }
 };
@@ -410,8 +412,7 @@ void test_estimate_grid(const Shape& shape, const Input& q, const Input& k) {
       std::vector<double> masses(shape.k_blocks());
       const int offset = shape.k_len - shape.q_len;
       const int end = std::min((i + 1) * shape.q_block, shape.q_len);
-      int cells = 0;
-      for (int begin = i * shape.q_block; begin < end; begin += 16, ++cells) {
+      for (int begin = i * shape.q_block; begin < end; begin += 16) {
         const int last_position = std::min(begin + 16, end) - 1 + offset;
         std::vector<double> weights;
         double total = 0;
@@ -419,20 +420,25 @@ void test_estimate_grid(const Shape& shape, const Input& q, const Input& k) {
           double score = 0;
           for (int d = 0; d < shape.head_dim; ++d) {
             const double mean = scale * q_cells.means[begin / 16][d];
-            score += mean * k_cells.means[c][d] + mean * mean * k_cells.variances[c][d] / 2;
+            score += mean * k_cells.means[c][d] + std::abs(mean) * k_cells.spreads[c][d];
           }
           weights.push_back(std::exp(score));
           total += weights.back();
         }
+        std::vector<double> shares(shape.k_blocks());
         for (size_t c = 0; c < weights.size(); ++c) {
-          masses[16 * c / shape.k_block] += weights[c] / total;
+          shares[16 * c / shape.k_block] += weights[c] / total;
+        }
+        for (int j = 0; j < shape.k_blocks(); ++j) {
+          masses[j] = std::max(masses[j], shares[j]);
         }
       }
+      const double sum = std::accumulate(masses.begin(), masses.end(), 0.0);
       const int own_begin = (i * shape.q_block + offset) / shape.k_block;
       const int own_end = (end - 1 + offset) / shape.k_block;
       int count = 0;
       for (int j = 0; j < shape.k_blocks(); ++j) {
-        const double mass = masses[j] / cells;
+        const double mass = masses[j] / sum;
         const bool forced = j == 0 || (j >= own_begin && j <= own_end);
         const bool got = selected(shape, mask, head, i, j);
         count += got;

@@ -11,7 +11,7 @@ import transformers
 from prism_cuda import Bands, PrismConfig
 
 # Everything kept and nothing too short: sparse attention that must equal dense.
-EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
+EXACT = PrismConfig(block_size=64, estimator="bands", top_p=1.0, dense_below=0)
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,

@@ -369,8 +369,9 @@ def select_grid(
     """Selection by the masses of a grid of cells, one row of cells at a time.
 
     `rounding` is the largest relative error of a cell's statistics. Those of a product's terms are
-    independent, so the logit's is a few times the root of their squares. `relative_error` is that
-    of the sum of the terms' magnitudes.
+    independent (but for the two of one dimension, which share the query's), so the logit's is a few
+    times the root of their squares. `relative_error` is that of the sum of the terms' magnitudes.
+    A mass is a share, which two logits' errors enter, over a sum of such shares.
     """
     batch, q_heads, q_len, head_dim = q.shape
     k_len, device = k.shape[2], q.device
@@ -394,10 +395,9 @@ def select_grid(
         k_cells.append(k[:, :, None, whole:].double())
     # (B, Hq, D, cells)
     means = torch.cat([cells.mean(3) for cells in k_cells], 2).mT[:, head_of]
-    variances = torch.cat([cells.var(3, unbiased=False) for cells in k_cells], 2).mT[:, head_of]
+    spreads = torch.cat([cells.std(3, unbiased=False) for cells in k_cells], 2).mT[:, head_of]
     first_key = torch.arange(0, k_len, CELL, device=device)
     positions = token_positions(q_len, k_len, device)
-    rows = torch.zeros(shape[2], device=device)
     for start in range(0, q_len, CELL):
         cell = slice(start, min(start + CELL, q_len))
         seen = first_key <= positions[cell][-1]
@@ -406,16 +406,18 @@ def select_grid(
         if not seen.any():
             continue
         mean = q[:, :, cell].double().mean(2)[..., None]
-        terms = torch.cat([scale * mean * means, scale**2 / 2 * mean**2 * variances], 2)[..., seen]
+        terms = scale * torch.cat([mean * means, mean.abs() * spreads], 2)[..., seen]
         probs = torch.softmax(terms.sum(2), -1)
         block = start // q_block_size
-        masses[:, :, block].index_add_(-1, first_key[seen] // k_block_size, probs)
-        rows[block] += 1
+        shares = torch.zeros_like(masses[:, :, block])
+        shares.index_add_(-1, first_key[seen] // k_block_size, probs)
+        masses[:, :, block] = torch.maximum(masses[:, :, block], shares)
         largest = 4 * rounding * terms.square().sum(2).sqrt().amax(-1, keepdim=True)
         largest = largest + relative_error * (terms.abs().sum(2).amax(-1, keepdim=True) + 1)
         error[:, :, block] = torch.maximum(error[:, :, block], largest)
-    masses = masses / rows.clamp(min=1)[:, None]
-    rel = torch.expm1(2 * error).clamp(max=0.5)
+    total = masses.sum(-1, keepdim=True)
+    masses = masses / torch.where(total == 0, 1.0, total)
+    rel = torch.expm1(4 * error).clamp(max=0.5)
     kept, near = _decide(masses, rel, top_p, keep_above, band)
     keep = (kept & visible) | forced
     return Selection(keep, visible, forced, near & visible & ~forced)

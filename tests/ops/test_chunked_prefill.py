@@ -15,8 +15,8 @@ from prism_cuda import ChunkedPrefill, PrismConfig
 from prism_cuda.block_mask import BlockMask
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
-EXACT = PrismConfig(block_size=64, top_p=1.0, dense_below=0)
-SPARSE = PrismConfig(block_size=64, top_p=0.8, dense_below=0)
+EXACT = PrismConfig(block_size=64, estimator="bands", top_p=1.0, dense_below=0)
+SPARSE = PrismConfig(block_size=64, estimator="bands", top_p=0.8, dense_below=0)
 GRID = replace(SPARSE, estimator="grid")
 CUTS = {
     "blocks": (256, 512, 256),
@@ -81,7 +81,7 @@ def test_at_p_1_chunks_equal_dense_attention(device: str, cuts: tuple[int, ...])
 def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
     device: str, block_size: int | tuple[int, int], cuts: tuple[int, ...]
 ) -> None:
-    config = PrismConfig(block_size=block_size, top_p=0.8, dense_below=0)
+    config = replace(SPARSE, block_size=block_size)
     q_block, k_block = config.block_sizes
     chunked = state(config, device)
     for q, k, v in chunks(prompt(device), cuts):
@@ -139,7 +139,7 @@ def test_on_the_grid_a_chunk_selects_from_the_cells_of_all_keys_so_far(
         assert chunked.length == k.shape[2]
         if mask is None:
             continue
-        rules = {"keep_above": GRID.threshold(0.8), "q_block_size": 64, "k_block_size": 64}
+        rules = {"keep_above": GRID.threshold(0.8, "grid"), "q_block_size": 64, "k_block_size": 64}
         check_selection(mask.to_dense(), oracle.select_grid(q, k, 0.8, **rules))
         assert torch.equal(out, prism_cuda.sparse_attention(q, k, v, mask))
 
@@ -152,7 +152,7 @@ def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
 
     Those then mix two of the inputs' topics, which begin every 64 tokens.
     """
-    config = PrismConfig(block_size=64, top_p=0.97, dense_below=0, keep_sink=0)
+    config = replace(SPARSE, top_p=0.97, keep_sink=0)
     q, k, v = qkv = prompt(device, seed=3)
     want = dense(*qkv)
     whole, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
@@ -178,7 +178,7 @@ def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
 
 def test_settings_per_head_are_those_of_each_head_alone(device: str) -> None:
     of_heads = [(16, 32), (32, 48), "auto", (16, 32)]
-    config = PrismConfig(block_size=64, bands=of_heads, top_p=[0.8] * 3 + [0.6], dense_below=0)
+    config = replace(SPARSE, bands=of_heads, top_p=[0.8] * 3 + [0.6])
     together = state(config, device)
     alone = [
         state(replace(config, bands=own, top_p=config.top_p[head]), device)
@@ -208,7 +208,7 @@ def test_other_head_dims_at_p_1_equal_dense_attention(device: str, head_dim: int
 def test_own_key_blocks_are_kept_wherever_a_chunk_starts(
     device: str, start: int, block_size: int | tuple[int, int]
 ) -> None:
-    config = PrismConfig(block_size=block_size, top_p=0.0, dense_below=0, keep_sink=0)
+    config = replace(SPARSE, block_size=block_size, top_p=0.0, keep_sink=0)
     q_block, k_block = config.block_sizes
     q, k, v = prompt(device)
     chunked = state(config, device)
@@ -241,8 +241,21 @@ def test_chunks_are_recorded(device: str) -> None:
     assert [call.path for call in recording.calls] == ["prism", "dense", "prism"]
     assert [call.k_len for call in recording.calls] == [512, 532, 1024]
     assert recording.calls[0].times.keys() == {"pool", "select", "attend"}
+    assert [call.estimator for call in recording.calls] == ["bands", None, "bands"]
     assert recording.calls[2].mask is not None
     assert recording.calls[2].density == recording.calls[2].mask.density()
+
+
+@pytest.mark.parametrize("head_dim", [64, 136])
+def test_by_default_the_estimator_follows_the_head_dim(device: str, head_dim: int) -> None:
+    q, k = (
+        inputs.tensor((1, heads, 200, head_dim), torch.bfloat16, device, seed=heads)
+        for heads in (2, 1)
+    )
+    chunked = ChunkedPrefill(1, 1, head_dim, 200, config=PrismConfig(dense_below=0), device=device)
+    with prism_cuda.record() as recording:
+        chunked.prefill(q, k, k)
+    assert recording.calls[0].estimator == ("grid" if head_dim == 64 else "bands")
 
 
 def test_wrong_calls_are_refused(device: str) -> None:

@@ -20,8 +20,8 @@ pytestmark = [
 
 HEAD_DIM = 128
 BANDS = oracle.half_split_bands(HEAD_DIM, 64, 96)
-CONFIG = PrismConfig(top_p=0.7, dense_below=0)
-PER_HEAD = PrismConfig(top_p=(0.3, 0.7, 0.7, 0.9), dense_heads=(3,), dense_below=0)
+CONFIG = PrismConfig(estimator="bands", top_p=0.7, dense_below=0)
+PER_HEAD = dataclasses.replace(CONFIG, top_p=(0.3, 0.7, 0.7, 0.9), dense_heads=(3,))
 GRID_PER_HEAD = dataclasses.replace(PER_HEAD, estimator="grid")
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -40,7 +40,7 @@ def qk(case: SelectCase, device: str, layout: str = "contiguous", seed: int = 0)
 
 
 def exact_qk(case: SelectCase, device: str, seed: int = 0) -> Pair:
-    """Small integers whose means and variances, and half the means' squares, fit float16.
+    """Small integers whose cells' means and standard deviations are integers too.
 
     A cell's queries are equal and its keys lie as far above their mean as below.
     """
@@ -119,7 +119,7 @@ def test_exact_statistics_leave_only_float32_near_ties(case: SelectCase, device:
     pair = exact_qk(case, device)
     check(pair, case.top_p, rounding=0.0, **options)
     want = oracle.select_grid(*pair, case.top_p, rounding=0.0, **options)
-    assert int(want.near_tie.sum()) <= 3
+    assert int(want.near_tie.sum()) <= 8
 
 
 @pytest.mark.parametrize("group", ["regular", "ragged", "gqa", "head_dims"])
@@ -127,15 +127,16 @@ def test_cases_keep_some_and_drop_some(group: str) -> None:
     for case in GROUPS[group]:
         want = oracle.select_grid(*qk(case, "cpu"), case.top_p, **select_settings(case))
         assert 0.05 < want.keep[..., want.visible].double().mean() < 0.95, case.name
-        assert want.near_tie.double().mean() < 0.03, case.name
+        assert want.near_tie.double().mean() < 0.04, case.name
 
 
 def test_equals_the_softmax_s_blocks_where_cells_are_constant(device: str) -> None:
-    """Where a cell's tokens are equal the grid is exact, but for the diagonal's causality."""
+    """Where a cell's tokens are equal its shares are exact, but for the diagonal's causality."""
     q, k = exact_qk(SelectCase("constant", 512, 512), device)
     k = k[:, :, ::16].repeat_interleave(16, 2)
     probs = torch.softmax(q.double() @ k.double().mT / 8, -1)
-    masses = probs.unflatten(3, (8, 64)).sum(-1).unflatten(2, (8, 64)).mean(3)
+    peaks = probs.unflatten(3, (8, 64)).sum(-1).unflatten(2, (8, 64)).amax(3)
+    masses = peaks / peaks.sum(-1, keepdim=True)
     least = float(masses.flatten().median())
     keep = kept((q, k), 0.0, **options_of(B64, keep_above=least, keep_sink=0, keep_recent=0,
                                           causal=False))  # fmt: skip
@@ -143,7 +144,23 @@ def test_equals_the_softmax_s_blocks_where_cells_are_constant(device: str) -> No
     assert torch.equal(keep & sure, (masses >= least) & sure)
 
 
-def test_keys_of_equal_mean_are_told_apart_by_their_variance(device: str) -> None:
+def test_one_cell_that_needs_a_block_is_not_outvoted(device: str) -> None:
+    """Seven of eight cells look at blocks 0 to 7 alike, the last one at block 9."""
+    q = torch.zeros((1, 1, 128, 64), dtype=torch.bfloat16, device=device)
+    k = torch.zeros((1, 1, 640, 64), dtype=torch.bfloat16, device=device)
+    q[:, :, :112, 0], q[:, :, 112:, 1] = 16.0, 16.0
+    k[:, :, :512, 0], k[:, :, 576:, 1] = 8.0, 8.0
+    options = options_of(B128_64, causal=False, keep_sink=0, keep_recent=0)
+    # Of a total of 2, block 9 holds 1 and each of the others 1/8; 1/8 would be its mean share.
+    first = kept((q, k), 0.3, **options)
+    assert first[0, 0, 0].nonzero().flatten().tolist() == [9]
+    above = kept((q, k), 0.0, **options, keep_above=0.1)
+    assert above[0, 0, 0].nonzero().flatten().tolist() == [9]
+    most = kept((q, k), 0.5 + 0.9 / 16, **options)
+    assert most[0, 0, 0].nonzero().flatten().tolist() == [0, 9]
+
+
+def test_keys_of_equal_mean_are_told_apart_by_their_spread(device: str) -> None:
     q = torch.full((1, 1, 64, 64), 2.0, dtype=torch.bfloat16, device=device)
     k = torch.zeros((1, 1, 640, 64), dtype=torch.bfloat16, device=device)
     k[:, :, 384:448:2], k[:, :, 385:448:2] = 1.0, -1.0

@@ -79,8 +79,8 @@ def test_official_selection_is_the_package_s(name, size) -> None:
     assert (mask == unpack(bits, mask.shape[-1])).all()
 
 
-@pytest.mark.parametrize("name", ["fine", "fine_128"])
-def test_fine_is_the_package_s_grid(name) -> None:
+@pytest.mark.parametrize("name", ["peak", "peak_128"])
+def test_peak_is_the_package_s_grid(name) -> None:
     def drift(heads: int) -> torch.Tensor:
         """Means that change from block to block: noise alone keeps everything."""
         return torch.randn(1, heads, 11, 128).repeat_interleave(64, 2)[:, :, :LENGTH]
@@ -92,7 +92,7 @@ def test_fine_is_the_package_s_grid(name) -> None:
         one.q,
         one.k,
         config.top_p,
-        keep_above=config.threshold(config.top_p),
+        keep_above=config.threshold(config.top_p, "grid"),
         q_block_size=128,
         k_block_size=method.k_size,
     )
@@ -110,7 +110,7 @@ def test_the_kernel_gets_the_rule_of_the_grid(monkeypatch) -> None:
 
     monkeypatch.setattr(torch.ops.prism, "estimate_grid", estimate, raising=False)
     grids = [method for method in METHODS.values() if isinstance(method, Grid)]
-    assert {"fine", "fine_p", "fine_128", "fine_by20"} <= {grid.name for grid in grids}
+    assert {"peak", "peak_p", "peak_128", "peak_by20"} <= {grid.name for grid in grids}
     one = call()
     one = Call(one.q + torch.randn(1, 4, 11, 128).repeat_interleave(64, 2)[:, :, :LENGTH], one.k)
     for grid in grids:

@@ -14,8 +14,9 @@ cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* byte
 // Pools the cells of keys from `first_cell` on: what launch_estimate_grid takes as k_cells.
 cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream);
 
-// A block mask from q and k: block masses by a softmax over means of 16 queries and 16 keys, with
-// the keys' variance; top-p or a threshold on them; sink and recent blocks. Two launches.
+// A block mask from q and k: the largest share of a key block in any softmax over means of 16
+// queries and 16 keys, with the keys' spread; top-p or a threshold on these shares, scaled to sum
+// to 1; sink and recent blocks. Two launches.
 // Deterministic. `sm` is 10 * major + minor of the current device: launches overlap from 90 on.
 cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 // Statistics of the cells of q and k. With them a base 2 logit of a query and a key cell is one
-// product over 2 kWidth dimensions: of {mean q, scale / 2 mean q^2} with {mean k, variance k},
-// times both cells' factors. The variance stands for what averaging keys takes from the logarithm
-// of a cell's mass, to second order. One power of two scales both halves of a cell's vector into
-// float16's range: keys of magnitudes up to some 2^14 lose nothing by that, whatever the queries'.
+// product over 2 kWidth dimensions: of {mean q, |mean q|} with {mean k, spread k}, times both
+// cells' factors. The spread is a dimension's standard deviation: about what the cell's best key
+// scores above its mean key, which a query that needs that one key would not find otherwise. One
+// power of two scales a cell's vector into float16's range, which halves of one magnitude share.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -48,8 +48,15 @@ __device__ inline uint4 to_halves(const float (&x)[kVector], float factor) {
   return result.raw;
 }
 
+// One instruction; the rounded root would branch for what float16 cannot tell apart.
+__device__ inline float sqrt_approximate(float x) {
+  float result;
+  asm("sqrt.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // A thread holds 8 dimensions of all the cell's tokens at once: many loads in flight, and the
-// variance is taken around the mean, which loses nothing to cancellation.
+// spread is taken around the mean, which loses nothing to cancellation.
 template <typename Element, int kWidth, Rows kRows>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
@@ -72,9 +79,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   // Threads beyond the last dimension repeat the first ones; their results are zeroed.
   const bool has_dims = kRows == Rows::kWhole || lane * kVector < arguments.head_dim;
   const int first_dim = has_dims ? lane * kVector : 0;
-  const Element* source =
-      static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
-      head * task.x.head_stride + first_token * task.x.row_stride + first_dim;
+  const Element* source = static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
+                          head * task.x.head_stride + first_token * task.x.row_stride + first_dim;
   Pack<Element> packs[kCellTokens];
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       const float difference = to_float(packs[row].element[i]) - mean[i];
       squares += row < tokens ? difference * difference : 0.f;
     }
-    second[i] = is_key ? squares * share : 0.5f * arguments.scale * mean[i] * mean[i];
+    second[i] = is_key ? sqrt_approximate(squares * share) : fabsf(mean[i]);
     if (!has_dims) {
       mean[i] = second[i] = 0.f;
     }

@@ -1,5 +1,6 @@
 // Scores of query cells with all key cells they see, on tensor cores; the softmax of each query
-// cell; the masses of its key blocks; and what each query block keeps.
+// cell; the masses of a query block's key blocks, each the most that any of its cells gives it; and
+// what the query block keeps.
 //
 // A warp owns 32 query cells: whole query blocks of the heads that share a key head, so that they
 // read the same keys. Their statistics stay in registers while tiles of key cells pass through
@@ -38,6 +39,13 @@ __device__ inline uint4 load_matrices(const uint4* row) {
                : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
+  return result;
+}
+
+// Unlike fmaxf: what is undefined has to mark the row.
+__device__ inline float max_or_nan(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(result) : "f"(a), "f"(b));
   return result;
 }
 
@@ -367,19 +375,17 @@ class GridCta {
     return largest + log2_approximate(sum);
   }
 
-  // The masses of a unit's `visible` key blocks over the rows that see anything, zeros behind them.
+  // The masses of a unit's `visible` key blocks, each the largest share that a row gives it: a row
+  // that needs one block is not outvoted. Zeros behind them.
   template <int kBlockRows>
   __device__ void write_masses(int first_row, int visible, float* masses) const {
     float log_total[kBlockRows];
     bool sees[kBlockRows];
-    float seeing = 0.f;
 #pragma unroll
     for (int i = 0; i < kBlockRows; ++i) {
       log_total[i] = shared_.log_total[first_row + i];
       sees[i] = shared_.visible[first_row + i] > 0;
-      seeing += sees[i] ? 1.f : 0.f;
     }
-    const float share = 1.f / seeing;
     const float4* logits =
         reinterpret_cast<const float4*>(scratch_ + first_row * workspace_.row_blocks);
 #pragma unroll 1
@@ -397,17 +403,17 @@ class GridCta {
       }
 #pragma unroll
       for (int j = 0; j < kSweepBlocks / 32; ++j) {
-        float mass = 0.f;
+        float largest = -INFINITY;  // of the shares' logarithms
 #pragma unroll
         for (int part = 0; part < kBlockRows / 4; ++part) {
           const float parts[4] = {x[j][part].x, x[j][part].y, x[j][part].z, x[j][part].w};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float row = exp2_approximate(parts[i] - log_total[part * 4 + i]);
-            mass += sees[part * 4 + i] ? row : 0.f;
+            const float row = parts[i] - log_total[part * 4 + i];
+            largest = max_or_nan(largest, sees[part * 4 + i] ? row : -INFINITY);
           }
         }
-        masses[block + 32 * j] = block + 32 * j < visible ? mass * share : 0.f;
+        masses[block + 32 * j] = block + 32 * j < visible ? exp2_approximate(largest) : 0.f;
       }
     }
     __syncwarp();

@@ -91,7 +91,8 @@ def _dispatch_rows(device: torch.device) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for q_len, k_len, head_dim, dtype in shapes:
         choice = prism_cuda.dispatch(q_len, k_len, head_dim, dtype, device)
-        runs = f"{choice.path} ({choice.kernel})"
+        by = choice.kernel if choice.estimator is None else f"{choice.kernel}, {choice.estimator}"
+        runs = f"{choice.path} ({by})"
         dtype_name = str(dtype).removeprefix("torch.")
         rows.append((str(q_len), str(k_len), str(head_dim), dtype_name, runs, choice.reason))
     return rows

@@ -192,3 +192,7 @@ def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
 
 def estimate_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
     return ragged_call(call_of(selects=True), paged, "q", "k")
+
+
+def grid_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+    return ragged_call(call_of(selects=True, bands=False, attends=True), paged, "q", "k")

@@ -62,6 +62,7 @@ def _register_reference() -> torch.library.Library:
         "select_blocks",
         "estimate_blocks_varlen",
         "estimate_grid",
+        "estimate_grid_varlen",
         "pool_cells_",
         "select_grid",
         "sparse_attention",
@@ -218,13 +219,31 @@ def _fake_estimate_blocks_varlen(
     k_block_size: int = 128,
     k_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_estimate_varlen(
+        "estimate_blocks_varlen", q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+        max_seqlen_q, max_seqlen_k, q_block_size, k_block_size, k_scale,
+    )  # fmt: skip
+
+
+def _fake_estimate_varlen(
+    op: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    q_block_size: int,
+    k_block_size: int,
+    k_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check_devices(
-        "estimate_blocks_varlen", q=q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        op, q=q, k=k, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         seqused_k=seqused_k, block_table=block_table, k_scale=k_scale,
     )  # fmt: skip
-    _check_block_sizes(
-        "estimate_blocks_varlen", q_block_size=q_block_size, k_block_size=k_block_size
-    )
+    _check_block_sizes(op, q_block_size=q_block_size, k_block_size=k_block_size)
     q_blocks = (max_seqlen_q + q_block_size - 1) // q_block_size
     k_blocks = (max_seqlen_k + k_block_size - 1) // k_block_size
     rows = (cu_seqlens_q.shape[0] - 1, q.shape[1], q_blocks)
@@ -248,6 +267,30 @@ def _fake_estimate_grid(
     k_block_size: int = 128,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _fake_estimate("estimate_grid", q, k, q_block_size, k_block_size)
+
+
+def _fake_estimate_grid_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_estimate_varlen(
+        "estimate_grid_varlen", q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+        max_seqlen_q, max_seqlen_k, q_block_size, k_block_size,
+    )  # fmt: skip
 
 
 def _fake_pool_cells_(
@@ -368,6 +411,7 @@ _FAKE_KERNELS: dict[str, Callable] = {
     "estimate_blocks": _fake_estimate_blocks,
     "estimate_blocks_varlen": _fake_estimate_blocks_varlen,
     "estimate_grid": _fake_estimate_grid,
+    "estimate_grid_varlen": _fake_estimate_grid_varlen,
     "pool_cells_": _fake_pool_cells_,
     "select_grid": _fake_select_grid,
     "sparse_attention": _fake_sparse_attention,

@@ -10,7 +10,7 @@ These functions do not validate; the ops and the functions of :mod:`prism_cuda` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -582,14 +582,10 @@ def estimate_blocks_varlen(
         bits int32 (B, Hq, Nq, words) and counts int32 (B, Hq, Nq) for the blocks of max_seqlen_q
         and max_seqlen_k; 0 past a sequence's end.
     """
-    rows_of = _rows_of_sequences(cu_seqlens_q)
     q_blocks, k_blocks = -(-max_seqlen_q // q_block_size), -(-max_seqlen_k // k_block_size)
-    counts = torch.zeros(len(rows_of), q.shape[1], q_blocks, dtype=torch.int32, device=q.device)
-    bits = counts.new_zeros(*counts.shape, -(-k_blocks // _bits.WORD_BITS))
-    for b, rows in enumerate(rows_of):
-        queries = q[rows].transpose(0, 1)[None]
-        keys = _keys_of_sequence(k, b, cu_seqlens_k, seqused_k, block_table).transpose(0, 1)[None]
-        of_sequence, of_sequence_counts = select_blocks(
+
+    def estimate(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return select_blocks(
             block_pool(queries, q_block_size),
             block_pool(keys, k_block_size, k_scale),
             queries.shape[2],
@@ -604,10 +600,65 @@ def estimate_blocks_varlen(
             q_block_size,
             k_block_size,
         )
+
+    where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    return _estimate_each(estimate, q, k, *where, q_blocks, k_blocks)
+
+
+def _estimate_each(
+    estimate: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    q_blocks: int,
+    k_blocks: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows_of = _rows_of_sequences(cu_seqlens_q)
+    counts = torch.zeros(len(rows_of), q.shape[1], q_blocks, dtype=torch.int32, device=q.device)
+    bits = counts.new_zeros(*counts.shape, -(-k_blocks // _bits.WORD_BITS))
+    for b, rows in enumerate(rows_of):
+        queries = q[rows].transpose(0, 1)[None]
+        keys = _keys_of_sequence(k, b, cu_seqlens_k, seqused_k, block_table).transpose(0, 1)[None]
+        of_sequence, of_sequence_counts = estimate(queries, keys)
         own_blocks, words = of_sequence.shape[2:]
         bits[b, :, :own_blocks, :words] = of_sequence[0]
         counts[b, :, :own_blocks] = of_sequence_counts[0]
     return bits, counts
+
+
+def estimate_grid_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    top_p: float,
+    keep_sink: int = 1,
+    keep_recent: int = 1,
+    keep_above: float | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    q_block_size: int = 128,
+    k_block_size: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`estimate_grid` of every sequence of a ragged batch by itself.
+
+    Args and returns as for :func:`estimate_blocks_varlen`.
+    """
+    rules = (top_p, keep_sink, keep_recent, keep_above, scale, causal, q_block_size, k_block_size)
+    q_blocks, k_blocks = -(-max_seqlen_q // q_block_size), -(-max_seqlen_k // k_block_size)
+
+    def estimate(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return estimate_grid(queries, keys, *rules)
+
+    where = (cu_seqlens_q, cu_seqlens_k, seqused_k, block_table)
+    return _estimate_each(estimate, q, k, *where, q_blocks, k_blocks)
 
 
 def sparse_attention_varlen(

@@ -152,7 +152,7 @@ struct PoolCellsParams {
   DType dtype;
 };
 
-// Selection from the masses of a grid of cells, see kernels/grid.
+// Selection from the masses of a grid of cells, see kernels/grid. Ragged as in EstimatePoolParams.
 struct EstimateGridParams {
   TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
   TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set

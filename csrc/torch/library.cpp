@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY(prism, m) {
       "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
       "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
       "int k_block_size=128) -> (Tensor bits, Tensor counts)");
+  m.def(
+      "estimate_grid_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+      "float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
+      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
+      "-> (Tensor bits, Tensor counts)");
   m.def("pool_cells_(Tensor x, Tensor(a!) cells, Tensor(b!) factors, SymInt start) -> ()");
   m.def(
       "select_grid(Tensor q, Tensor k_cells, Tensor k_factors, SymInt k_len, float top_p, "
@@ -66,6 +72,7 @@ static void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
   m.impl("estimate_blocks_varlen", TORCH_BOX(&prism::estimate_blocks_varlen));
   m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
+  m.impl("estimate_grid_varlen", TORCH_BOX(&prism::estimate_grid_varlen));
   m.impl("pool_cells_", TORCH_BOX(&prism::pool_cells_));
   m.impl("select_grid", TORCH_BOX(&prism::select_grid));
   m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));

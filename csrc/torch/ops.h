@@ -52,7 +52,16 @@ std::tuple<Tensor, Tensor> estimate_grid(const Tensor& q, const Tensor& k, doubl
                                          std::optional<double> scale, bool causal,
                                          int64_t q_block_size, int64_t k_block_size);
 
-// The same in two steps: cells of keys, written in place as they come, and a selection from them.
+// The same for sequences of different lengths, packed or in pages.
+std::tuple<Tensor, Tensor> estimate_grid_varlen(
+    const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+    const std::optional<Tensor>& cu_seqlens_k, const std::optional<Tensor>& seqused_k,
+    const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
+    double top_p, int64_t keep_sink, int64_t keep_recent, std::optional<double> keep_above,
+    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size);
+
+// estimate_grid in two steps: cells of keys, written in place as they come, and a selection from
+// them.
 void pool_cells_(const Tensor& x, Tensor cells, Tensor factors, int64_t start);
 std::tuple<Tensor, Tensor> select_grid(const Tensor& q, const Tensor& k_cells,
                                        const Tensor& k_factors, int64_t k_len, double top_p,

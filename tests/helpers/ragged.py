@@ -240,6 +240,22 @@ def ragged_inputs(
     )
 
 
+def estimated_alone(op: Any, case: RaggedInputs, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Bits and counts that `op` gives the sequences one by one, in the shape of the batch."""
+    max_q, max_k = case.tensors["max_seqlen_q"], case.tensors["max_seqlen_k"]
+    q_blocks = oracle.ceil_div(max_q, case.settings["q_block_size"])
+    words = oracle.ceil_div(oracle.ceil_div(max_k, case.settings["k_block_size"]), 32)
+    rows_of = case.rows()
+    counts = torch.zeros(len(rows_of), case.q.shape[1], q_blocks, dtype=torch.int32)
+    bits = torch.zeros(*counts.shape, words, dtype=torch.int32)
+    for b, rows in enumerate(rows_of):
+        q = case.q[rows].transpose(0, 1)[None]
+        own, own_counts = op(q, case.keys[b][None], **settings)
+        bits[b, :, : own.shape[2], : own.shape[3]] = own[0].cpu()
+        counts[b, :, : own.shape[2]] = own_counts[0].cpu()
+    return bits, counts
+
+
 def add_sinks(want: Attention, plain: Tensor, sinks: Tensor) -> tuple[Attention, Tensor]:
     """What one more logit in the denominators of the heads makes of (B, Hq, L, D) results."""
     lse = torch.logaddexp(want.lse, sinks.double()[:, None])

@@ -194,6 +194,10 @@ def estimate_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
     return ragged_call(call_of(selects=True), paged, "q", "k")
 
 
+def grid_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
+    return ragged_call(call_of(selects=True, bands=False, attends=True), paged, "q", "k")
+
+
 def fp8_call(
     base: Callable[[Right, str], Arguments], names: tuple[str, ...], scales: tuple[str, ...]
 ) -> Callable[[Right, str], Arguments]:

@@ -24,6 +24,7 @@ from helpers.right_calls import (
     call_of,
     estimate_varlen_call,
     fp8_call,
+    grid_varlen_call,
     pool_append_call,
     pool_cells_call,
     select_blocks_call,
@@ -464,6 +465,12 @@ VARLEN = (
     MASKED | SEQUENCES | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
 )
 ESTIMATED_ROWS = activation(dims=3) + TOGETHER
+ESTIMATED_PACKED = (
+    SEQUENCES | IN_ROWS | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*ESTIMATED_ROWS, K_HEADS)}
+)
+ESTIMATED_PAGED = (
+    SEQUENCES | IN_PAGES | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*activation(), *TOGETHER)}
+)
 
 OPS: dict[str, Op] = {
     "block_pool": Op(
@@ -564,24 +571,22 @@ OPS: dict[str, Op] = {
     "estimate_blocks_varlen packed": Op(
         estimate_varlen_call(paged=False),
         SELECTION
-        | SEQUENCES
-        | IN_ROWS
-        | {
-            "q": (*ESTIMATED_ROWS, Q_HEADS),
-            "k": may_be_fp8(*ESTIMATED_ROWS, K_HEADS),
-            "k_scale": NO_SCALE,
-        },
+        | ESTIMATED_PACKED
+        | {"k": may_be_fp8(*ESTIMATED_ROWS, K_HEADS), "k_scale": NO_SCALE},
     ),
     "estimate_blocks_varlen paged": Op(
         estimate_varlen_call(paged=True),
         SELECTION
-        | SEQUENCES
-        | IN_PAGES
-        | {
-            "q": (*ESTIMATED_ROWS, Q_HEADS),
-            "k": may_be_fp8(*activation(), *TOGETHER),
-            "k_scale": NO_SCALE,
-        },
+        | ESTIMATED_PAGED
+        | {"k": may_be_fp8(*activation(), *TOGETHER), "k_scale": NO_SCALE},
+    ),
+    "estimate_grid_varlen packed": Op(
+        grid_varlen_call(paged=False),
+        RULES | ESTIMATED_PACKED | {"scale": SCALE},
+    ),
+    "estimate_grid_varlen paged": Op(
+        grid_varlen_call(paged=True),
+        RULES | ESTIMATED_PAGED | {"scale": SCALE},
     ),
     "prefill": Op(
         call_of("q", "k", "v", selects=True, attends=True),

@@ -11,7 +11,7 @@ from helpers import oracle
 from helpers.cases import B128_64
 from helpers.params import case_params, device_dtype_params, needs_cuda
 from helpers.poison import poisoned_allocations
-from helpers.ragged import LENGTHS, RaggedCase, RaggedInputs, ragged_inputs
+from helpers.ragged import LENGTHS, RaggedCase, RaggedInputs, estimated_alone, ragged_inputs
 
 import prism_cuda  # noqa: F401  registers the ops
 
@@ -73,24 +73,12 @@ def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def alone(case: RaggedInputs, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sequences one by one, in the shape of the batch."""
-    max_q, max_k = case.tensors["max_seqlen_q"], case.tensors["max_seqlen_k"]
-    q_blocks = oracle.ceil_div(max_q, case.settings["q_block_size"])
-    words = oracle.ceil_div(oracle.ceil_div(max_k, case.settings["k_block_size"]), 32)
-    rows_of = case.rows()
-    counts = torch.zeros(len(rows_of), case.q.shape[1], q_blocks, dtype=torch.int32)
-    bits = torch.zeros(*counts.shape, words, dtype=torch.int32)
     settings = {
         name: x
         for name, x in arguments.items()
         if name not in case.tensors and name not in ("q", "k")
     }
-    for b, rows in enumerate(rows_of):
-        q = case.q[rows].transpose(0, 1)[None]
-        own, own_counts = torch.ops.prism.estimate_blocks(q, case.keys[b][None], **settings)
-        bits[b, :, : own.shape[2], : own.shape[3]] = own[0].cpu()
-        counts[b, :, : own.shape[2]] = own_counts[0].cpu()
-    return bits, counts
+    return estimated_alone(torch.ops.prism.estimate_blocks, case, settings)
 
 
 def check(case: RaggedInputs, **changes: Any) -> None:

@@ -23,6 +23,7 @@ OPS = (
     "estimate_blocks",
     "estimate_blocks_varlen",
     "estimate_grid",
+    "estimate_grid_varlen",
     "select_grid",
     "sparse_attention",
     "sparse_attention_varlen",
@@ -64,7 +65,7 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (qkv(device)[0], cells, factors, 200, 0.9), {}
     if name == "estimate_grid":
         return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
-    if name in ("sparse_attention_varlen", "estimate_blocks_varlen"):
+    if name in ("sparse_attention_varlen", "estimate_blocks_varlen", "estimate_grid_varlen"):
         ragged = ragged_inputs(
             RaggedCase("sample", lengths=((70, 200), (0, 3), (130, 130)), page_size=16, sinks=True),
             torch.bfloat16,
@@ -72,8 +73,11 @@ def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ).op_arguments()
         if name == "estimate_blocks_varlen":
             ragged |= {"high_band": HIGH, "low_band": LOW, "top_p": 0.9}
+        if name == "estimate_grid_varlen":
+            ragged["top_p"] = 0.9
         schema = [a.name for a in op(name)._schema.arguments if a.name in ragged]
-        return tuple(ragged[a] for a in schema[:11]), {a: ragged[a] for a in schema[11:]}
+        first = 9 if name == "estimate_grid_varlen" else 11  # those without a default
+        return tuple(ragged[a] for a in schema[:first]), {a: ragged[a] for a in schema[first:]}
     tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
     return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
 
@@ -148,6 +152,9 @@ def test_meta_tensors_of_zero_length(name: str) -> None:
             q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, HIGH, LOW, 0.9
         ),
         "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
+        "estimate_grid_varlen": lambda: torch.ops.prism.estimate_grid_varlen(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, 0.9
+        ),
         "select_grid": lambda: torch.ops.prism.select_grid(
             q, k.new_empty(2, 2, 0, 128, dtype=torch.half), k.new_empty(2, 2, 0), 0, 0.9
         ),

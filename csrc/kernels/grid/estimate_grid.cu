@@ -29,7 +29,7 @@ cudaError_t count_ctas(const EstimateGridParams& params, int64_t* ctas) {
   const int64_t units = select.q_heads / select.kv_heads * select.q_blocks;
   const int64_t cta_units = kCtaRows / (select.q_block_size / kCellTokens);
   const int64_t tiles = (units + cta_units - 1) / cta_units * select.batch * select.kv_heads;
-  const int64_t cta_bytes = GridWorkspace(params, 0).cta_floats() * 4;
+  const int64_t cta_bytes = GridWorkspace(params, 0, select.ragged.is_ragged()).cta_floats() * 4;
   const bool large = cta_bytes * sms * kCtasPerSm > kScratchBytes;
   *ctas = std::min(tiles, sms * (large ? int64_t{1} : kCtasPerSm));
   return cudaSuccess;
@@ -41,7 +41,7 @@ cudaError_t grid_workspace_bytes(const EstimateGridParams& params, int64_t* byte
   int64_t ctas = 0;
   const cudaError_t error = count_ctas(params, &ctas);
   if (error == cudaSuccess) {
-    *bytes = GridWorkspace(params, ctas).total_bytes;
+    *bytes = GridWorkspace(params, ctas, params.select.ragged.is_ragged()).total_bytes;
   }
   return error;
 }
@@ -61,7 +61,12 @@ cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream
 }
 
 cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream) {
-  if (params.select.q_heads / params.select.kv_heads * params.select.q_blocks > INT32_MAX) {
+  const SelectBlocksParams& select = params.select;
+  const int64_t units = select.q_heads / select.kv_heads * select.q_blocks;
+  // Of a ragged batch tiles are counted over all sequences, and drawn in 32 bits.
+  if (units > INT32_MAX || (select.ragged.is_ragged() &&
+                            units / (kCtaRows * kCellTokens / select.q_block_size) + 2 >
+                                INT32_MAX / std::max(select.batch * select.kv_heads, int64_t{1}))) {
     return cudaErrorInvalidConfiguration;
   }
   int64_t ctas = 0;

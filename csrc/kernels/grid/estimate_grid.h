@@ -16,7 +16,8 @@ cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream
 
 // A block mask from q and k: the largest share of a key block in any softmax over means of 16
 // queries and 16 keys, with the keys' spread; top-p or a threshold on these shares, scaled to sum
-// to 1; sink and recent blocks. Two launches.
+// to 1; sink and recent blocks. Two launches. Of a ragged batch every sequence keeps what it would
+// keep alone; rows and words past its end are 0.
 // Deterministic. `sm` is 10 * major + minor of the current device: launches overlap from 90 on.
 cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream);
 

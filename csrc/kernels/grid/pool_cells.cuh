@@ -9,6 +9,7 @@
 
 #include <cfloat>
 
+#include "kernels/grid/ragged_cells.cuh"
 #include "kernels/grid/workspace.h"
 #include "kernels/launch.h"
 #include "kernels/pool/emit_means.cuh"
@@ -18,12 +19,13 @@ namespace prism {
 
 constexpr int kPoolThreads = 128;
 
-// One tensor whose cells are pooled.
+// One tensor whose cells are pooled. Of a ragged batch, a batch of one whose cells are those that
+// there is room for.
 struct CellTask {
   TensorView x;  // from the first token of `first_cell` on
   CellStats cells;
   int64_t heads;
-  int64_t length;
+  int64_t length;  // of a ragged batch the most that a sequence has
   int64_t first_cell;
   int64_t cells_of_head;  // that are pooled
   int64_t count;          // of all heads and batch elements
@@ -34,6 +36,9 @@ struct PoolCellsArguments {
   CellTask k;
   float scale;
   int head_dim;
+  RaggedBatch ragged;
+  int batch;          // of a ragged batch
+  int* tile_counter;  // of a ragged batch
 };
 
 __device__ inline uint4 to_halves(const float (&x)[kVector], float factor) {
@@ -57,13 +62,16 @@ __device__ inline float sqrt_approximate(float x) {
 
 // A thread holds 8 dimensions of all the cell's tokens at once: many loads in flight, and the
 // spread is taken around the mean, which loses nothing to cancellation.
-template <typename Element, int kWidth, Rows kRows>
+template <typename Element, int kWidth, Rows kRows, bool kRagged>
 __global__ void __launch_bounds__(kPoolThreads)
     pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
   constexpr int kLanes = kWidth / kVector;  // threads of a cell
   constexpr float kLog2E = 1.4426950408889634f;
   let_consumer_start();
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
+  if (kRagged && thread == 0) {
+    *arguments.tile_counter = 0;
+  }
   const int lane = threadIdx.x % kLanes;
   const int64_t all = arguments.q.count + arguments.k.count;
   // Threads beyond the last cell repeat it: all take part in the shuffles.
@@ -74,18 +82,32 @@ __global__ void __launch_bounds__(kPoolThreads)
   const int64_t cell = index % task.cells_of_head;
   const int64_t batch = index / task.cells_of_head / task.heads;
   const int64_t head = index / task.cells_of_head % task.heads;
-  const int64_t first_token = cell * kCellTokens;
-  const int tokens = static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
+  RaggedCell ragged_cell = {};
+  if constexpr (kRagged) {
+    ragged_cell =
+        find_cell(arguments.ragged, arguments.batch, is_key, static_cast<int>(task.length), cell);
+    if (!__any_sync(0xffffffffu, ragged_cell.tokens > 0)) {
+      return;
+    }
+  }
+  const int64_t first_token = kRagged ? 0 : cell * kCellTokens;
+  const int tokens = kRagged
+                         ? ragged_cell.tokens
+                         : static_cast<int>(min(task.length - first_token, int64_t{kCellTokens}));
   // Threads beyond the last dimension repeat the first ones; their results are zeroed.
   const bool has_dims = kRows == Rows::kWhole || lane * kVector < arguments.head_dim;
   const int first_dim = has_dims ? lane * kVector : 0;
   const Element* source = static_cast<const Element*>(task.x.data) + batch * task.x.batch_stride +
                           head * task.x.head_stride + first_token * task.x.row_stride + first_dim;
   Pack<Element> packs[kCellTokens];
+  if constexpr (kRagged) {
+    load_cell<kRows>(arguments.ragged, ragged_cell, is_key, task.x, source, packs);
+  } else {
 #pragma unroll
-  for (int row = 0; row < kCellTokens; ++row) {
-    const Element* from = source + min(row, tokens - 1) * task.x.row_stride;
-    packs[row].raw = load<Element, kRows>(from).raw;
+    for (int row = 0; row < kCellTokens; ++row) {
+      const Element* from = source + min(row, tokens - 1) * task.x.row_stride;
+      packs[row].raw = load<Element, kRows>(from).raw;
+    }
   }
   const float share = 1.f / static_cast<float>(tokens);
   float mean[kVector];
@@ -125,7 +147,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       mean[i] = second[i] = 0.f;
     }
   }
-  if (thread / kLanes >= all) {
+  if (thread / kLanes >= all || (kRagged && tokens == 0)) {
     return;
   }
   const int64_t place_of_head = task.first_cell + cell;

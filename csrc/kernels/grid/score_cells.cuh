@@ -11,7 +11,10 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "kernels/grid/mass_row.cuh"
+#include "kernels/grid/ragged_tiles.cuh"
 #include "kernels/grid/workspace.h"
 #include "kernels/launch.h"
 #include "kernels/select/interpolate.cuh"
@@ -50,8 +53,9 @@ __device__ inline float max_or_nan(float a, float b) {
 }
 
 // kBlockCells: cells of a key block, 4 or 8.
-template <int kHeadDim_, int kBlockCells_>
+template <int kHeadDim_, int kBlockCells_, bool kRagged_>
 struct GridShape {
+  static constexpr bool kRagged = kRagged_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockCells = kBlockCells_;
   static constexpr int kThreads = 32 * kGridWarps;
@@ -68,12 +72,16 @@ struct GridShape {
     uint4 cells[kTileCells * kChunks];
     float factors[kTileCells];
   };
-  struct Storage {
+  struct BatchStorage {
     Stage stages[kStages];
     int visible[kCtaRows];  // key cells that a row sees; 0 where there is no row
     float factors[kCtaRows];
     float log_total[kCtaRows];
   };
+  struct RaggedStorage : BatchStorage {
+    GridTile tile;
+  };
+  using Storage = std::conditional_t<kRagged, RaggedStorage, BatchStorage>;
   // Masses of a warp's row that fit in place of the stages.
   static constexpr int kSharedMasses =
       static_cast<int>(sizeof(Stage)) * kStages / 4 / kGridWarps / kSweepBlocks * kSweepBlocks;
@@ -94,23 +102,32 @@ class GridCta {
   __device__ GridCta(const EstimateGridParams& params, Storage& shared)
       : params_(params),
         shared_(shared),
-        workspace_(params, gridDim.x),
+        workspace_(params, gridDim.x, Shape::kRagged),
         scratch_(workspace_.scratch + blockIdx.x * workspace_.cta_floats()),
-        q_cells_(static_cast<int>(cells_of(params.select.q_len))),
-        k_cells_(static_cast<int>(cells_of(params.select.k_len))),
         group_(params.select.q_heads / params.select.kv_heads),
         row_shift_(params.select.q_block_size == 128 ? 3 : 2),
-        block_rows_(1 << row_shift_),
-        units_(group_ * static_cast<int>(params.select.q_blocks)) {}
+        block_rows_(1 << row_shift_) {
+    if constexpr (!Shape::kRagged) {
+      const SelectBlocksParams& select = params.select;
+      extent_ = {select.q_len, select.k_len, static_cast<int>(cells_of(select.q_len)),
+                 static_cast<int>(cells_of(select.k_len)),
+                 group_ * static_cast<int>(select.q_blocks)};
+    }
+  }
 
   // A unit is a query block of one head: block_rows_ rows. Those of a key head are ordered by
   // query block, so that units side by side see the same keys.
   __device__ void run(int64_t kv_head, int first_unit) {
     kv_head_ = kv_head;
-    const int64_t batch = kv_head / params_.select.kv_heads;
+    const int64_t batch = Shape::kRagged ? 0 : kv_head / params_.select.kv_heads;
     const int64_t head = kv_head % params_.select.kv_heads;
     key_vectors_ = reinterpret_cast<const uint4*>(workspace_.k.vectors_of(batch, head));
     key_factors_ = workspace_.k.factors_of(batch, head);
+    if constexpr (Shape::kRagged) {
+      const int64_t first_cell = shared_.tile.first_k_cell;
+      key_vectors_ += first_cell * Shape::kChunks;
+      key_factors_ += first_cell;
+    }
     first_unit_ = first_unit;
     const int cta_units = kCtaRows >> row_shift_;
     const int cta_visible = last_visible(first_unit + cta_units);
@@ -124,7 +141,7 @@ class GridCta {
     __syncthreads();  // the stages become masses
 #pragma unroll 1
     for (int unit = 0; unit < warp_units(); ++unit) {
-      if (warp_first_unit() + unit < units_) {
+      if (warp_first_unit() + unit < extent().units) {
         select_unit(unit);
       }
     }
@@ -137,35 +154,56 @@ class GridCta {
   __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
 
+  // Of the sequence, or of all batch elements.
+  __device__ const GridExtent& extent() const {
+    if constexpr (Shape::kRagged) {
+      return shared_.tile.extent;
+    } else {
+      return extent_;
+    }
+  }
+
   __device__ int warp_units() const { return Shape::kWarpRows >> row_shift_; }
   __device__ int warp_first_unit() const { return first_unit_ + warp() * warp_units(); }
 
   // Key cells that hold a token which some query of the cell may see.
   __device__ int visible_cells(int q_cell) const {
+    const GridExtent& own = extent();
     if (!params_.select.causal) {
-      return k_cells_;
+      return own.k_cells;
     }
-    const int64_t end = min(int64_t{q_cell + 1} * kCellTokens, params_.select.q_len);
-    const int64_t last = end - 1 + params_.select.k_len - params_.select.q_len;
-    return last < 0 ? 0 : static_cast<int>(min(last / kCellTokens + 1, int64_t{k_cells_}));
+    const int64_t end = min(int64_t{q_cell + 1} * kCellTokens, own.q_len);
+    const int64_t last = end - 1 + own.k_len - own.q_len;
+    return last < 0 ? 0 : static_cast<int>(min(last / kCellTokens + 1, int64_t{own.k_cells}));
   }
 
   // Of the last cell of the last unit before `end_unit`: the most that any before sees.
   __device__ int last_visible(int end_unit) const {
-    const int q_block = (min(end_unit, units_) - 1) / group_;
-    return visible_cells(min((q_block + 1) * block_rows_, q_cells_) - 1);
+    const int q_block = (min(end_unit, extent().units) - 1) / group_;
+    return visible_cells(min((q_block + 1) * block_rows_, extent().q_cells) - 1);
   }
 
-  // The row's query cell over the whole batch, or -1; and what it sees.
+  // The row's query cell over the whole batch; and what it sees. If there is no row, 0 and any cell
+  // that was pooled, or -1.
   __device__ int64_t find_row(int row, int& visible) const {
     const int unit = first_unit_ + (row >> row_shift_);
     const int q_cell = unit / group_ * block_rows_ + (row & (block_rows_ - 1));
-    if (unit >= units_ || q_cell >= q_cells_) {
+    if (unit >= extent().units || q_cell >= extent().q_cells) {
       visible = 0;
-      return -1;
+      return Shape::kRagged ? place_of(unit, 0) : -1;
     }
     visible = visible_cells(q_cell);
-    return q_head(unit) * q_cells_ + q_cell;
+    return place_of(unit, q_cell);
+  }
+
+  __device__ int64_t place_of(int unit, int q_cell) const {
+    if constexpr (Shape::kRagged) {
+      const GridTile& tile = shared_.tile;
+      const int64_t head = q_head(unit) - int64_t{tile.batch} * params_.select.q_heads;
+      return head * workspace_.q.factor_head_stride + tile.first_q_cell + q_cell;
+    } else {
+      return q_head(unit) * extent().q_cells + q_cell;
+    }
   }
 
   // Over the batch.
@@ -180,7 +218,7 @@ class GridCta {
       const int chunk = static_cast<int>(threadIdx.x) % Shape::kChunks;
       const int first = static_cast<int>(threadIdx.x) / Shape::kChunks;
       const uint4* head = key_vectors_ + chunk;
-      const int last_cell = k_cells_ - 1 - tile * kTileCells;  // of the tile
+      const int last_cell = extent().k_cells - 1 - tile * kTileCells;  // of the tile
 #pragma unroll
       for (int i = 0; i < kTileCells / kCellsAtOnce; ++i) {
         const int cell = i * kCellsAtOnce + first;
@@ -211,7 +249,7 @@ class GridCta {
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       rows[i] = {-INFINITY, 0.f};
     }
-    const bool has_units = warp_first_unit() < units_;
+    const bool has_units = warp_first_unit() < extent().units;
     const int warp_visible = has_units ? last_visible(warp_first_unit() + warp_units()) : 0;
     // Below this all rows see everything.
     const int free = has_units ? visible_cells(warp_first_unit() / group_ * block_rows_) : 0;
@@ -423,7 +461,12 @@ class GridCta {
     const SelectBlocksParams& select = params_.select;
     const int unit = warp_first_unit() + unit_of_warp;
     const int q_block = unit / group_;
-    const RowRange range = row_range(select, q_block);
+    RowRange range;
+    if constexpr (Shape::kRagged) {
+      range = row_range(select, shared_.tile.lengths(select), q_block);
+    } else {
+      range = row_range(select, q_block);
+    }
     const int first_row = warp() * Shape::kWarpRows + unit_of_warp * block_rows_;
     float* masses = workspace_.row_blocks <= Shape::kSharedMasses
                         ? reinterpret_cast<float*>(shared_.stages) + warp() * Shape::kSharedMasses
@@ -494,12 +537,10 @@ class GridCta {
   Storage& shared_;
   GridWorkspace workspace_;
   float* scratch_;
-  int q_cells_;
-  int k_cells_;
+  GridExtent extent_;  // unless the batch is ragged
   int group_;
   int row_shift_;
   int block_rows_;       // query cells of a query block
-  int units_;            // of a key head
   int64_t kv_head_ = 0;  // over the batch
   const uint4* key_vectors_ = nullptr;
   const float* key_factors_ = nullptr;

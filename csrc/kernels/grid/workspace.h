@@ -16,18 +16,34 @@ __host__ __device__ inline int64_t cells_of(int64_t tokens) {
   return (tokens + kCellTokens - 1) / kCellTokens;
 }
 
+// A ragged batch has one row of cells a head. Sequence `sequence`, whose tokens begin at token
+// `start` of a packed tensor, has its cells from here on: each one before it fills all of them but
+// one, for which there is room.
+__host__ __device__ inline int64_t first_packed_cell(int64_t start, int64_t sequence) {
+  return start / kCellTokens + sequence;
+}
+
+// Cells of keys that there is room for in a head of a ragged batch. In pages, sequences have equal
+// room.
+__host__ __device__ inline int64_t ragged_key_cells(const SelectBlocksParams& select) {
+  return select.ragged.is_paged() ? select.batch * cells_of(select.k_len)
+                                  : first_packed_cell(select.ragged.total_k, select.batch);
+}
+
 // `ctas` CTAs work at a time, each in a scratch of its own: memory grows with their number and
 // with the length of a row, not with the number of rows.
 struct GridWorkspace {
-  // Of the queries, and of the keys unless they were pooled before. Vectors are scaled by a power of
-  // two each, see pool_cells.cuh; a product of two times both factors is a base 2 logit.
+  // Of the queries, and of the keys unless they were pooled before. Vectors are scaled by a power
+  // of two each, see pool_cells.cuh; a product of two times both factors is a base 2 logit.
   CellStats q;
   CellStats k;
+  int* tile_counter;   // of a ragged batch: the next tile that a CTA draws; pooling sets it to 0
   float* scratch;      // (ctas, cta_floats())
   int64_t row_blocks;  // key blocks of a row, padded
   int64_t total_bytes;
 
-  __host__ __device__ GridWorkspace(const EstimateGridParams& params, int64_t ctas) {
+  // `ragged` is what params.select.ragged says, known to kernels when they are compiled.
+  __host__ __device__ GridWorkspace(const EstimateGridParams& params, int64_t ctas, bool ragged) {
     const SelectBlocksParams& select = params.select;
     row_blocks = (select.k_blocks + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
     char* next = static_cast<char*>(select.workspace);
@@ -36,21 +52,25 @@ struct GridWorkspace {
       next += (bytes + 127) / 128 * 128;
       return begin;
     };
-    const auto take_cells = [&](int64_t heads, int64_t tokens) {
-      const int64_t cells = cells_of(tokens);
+    const int64_t batch = ragged ? 1 : select.batch;
+    const auto take_cells = [&](int64_t heads, int64_t cells) {
       const int64_t width = 2 * estimation_width(select.head_dim);
       CellStats stats;
-      stats.vectors = take(select.batch * heads * cells * width * 2);
-      stats.factors = reinterpret_cast<float*>(take(select.batch * heads * cells * 4));
+      stats.vectors = take(batch * heads * cells * width * 2);
+      stats.factors = reinterpret_cast<float*>(take(batch * heads * cells * 4));
       stats.vector_batch_stride = heads * cells * width;
       stats.vector_head_stride = cells * width;
       stats.factor_batch_stride = heads * cells;
       stats.factor_head_stride = cells;
       return stats;
     };
-    q = take_cells(select.q_heads, select.q_len);
-    k = params.k_cells.vectors == nullptr ? take_cells(select.kv_heads, select.k_len)
-                                          : params.k_cells;
+    q = take_cells(select.q_heads, ragged ? first_packed_cell(select.ragged.total_q, select.batch)
+                                          : cells_of(select.q_len));
+    k = params.k_cells.vectors != nullptr
+            ? params.k_cells
+            : take_cells(select.kv_heads,
+                         ragged ? ragged_key_cells(select) : cells_of(select.k_len));
+    tile_counter = ragged ? reinterpret_cast<int*>(take(4)) : nullptr;
     scratch = reinterpret_cast<float*>(take(ctas * cta_floats() * 4));
     total_bytes = next - static_cast<char*>(select.workspace);
   }

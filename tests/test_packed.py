@@ -108,7 +108,6 @@ def test_a_batch_at_once_is_its_sequences(name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("head_dim", "changes", "options", "reason"),
     [
-        (64, {"estimator": "grid"}, {}, "the grid estimates one sequence at a time"),
         (64, {}, {"dropout": 0.1}, "dropout"),
         (36, {}, {}, "head_dim must be a multiple of 8"),
     ],

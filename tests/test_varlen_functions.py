@@ -105,7 +105,7 @@ def test_settings_per_head_are_those_of_each_head_alone(
     where = {name: x for name, x in case.tensors.items() if name != "sinks"}
 
     def run(**settings: Any) -> tuple[torch.Tensor, ...]:
-        config = prism_cuda.PrismConfig(dense_below=0, **settings)
+        config = prism_cuda.PrismConfig(estimator="bands", dense_below=0, **settings)
         return prism_cuda.prefill_varlen(
             case.q, case.k, case.v, **where, config=config, return_lse=True, return_mask=True
         )  # type: ignore[return-value]

@@ -26,6 +26,10 @@ CONFIGS = {
     "top_p_per_head": dataclasses.replace(CONFIG, top_p=(0.3, 0.8, 0.8, 0.3)),
     "top_p_per_group": dataclasses.replace(CONFIG, top_p=(0.3, 0.3, 0.8, 0.8)),
     "dense_heads": dataclasses.replace(CONFIG, dense_heads=(2,)),
+    "bands": dataclasses.replace(CONFIG, estimator="bands"),
+    "bands_top_p_per_head": dataclasses.replace(
+        CONFIG, estimator="bands", top_p=(0.3, 0.8, 0.8, 0.3)
+    ),
 }
 SCORES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": torch.tensor([0.5, -1.0, 4.0, 2.0])},
@@ -273,8 +277,6 @@ def test_compiles_and_exports_for_all_batches(name: str, batch: Batch) -> None:
 
 def test_wrong_calls(batch: Batch) -> None:
     tensors = (batch.q, batch.k, batch.v)
-    with pytest.raises(ValueError, match="prefill_varlen: config.estimator is 'grid'"):
-        prism_cuda.prefill_varlen(*tensors, **batch.where, config=PrismConfig(estimator="grid"))
     with pytest.raises(ValueError, match="top_p has 3 values; expected one number or 4"):
         prism_cuda.prefill_varlen(
             *tensors, **batch.where, config=dataclasses.replace(CONFIG, top_p=(0.1, 0.2, 0.3))

@@ -134,7 +134,8 @@ struct CellStats {
   int64_t factor_head_stride = 0;
 
   PRISM_HOST_DEVICE char* vectors_of(int64_t batch, int64_t head) const {
-    return static_cast<char*>(vectors) + 2 * (batch * vector_batch_stride + head * vector_head_stride);
+    return static_cast<char*>(vectors) +
+           2 * (batch * vector_batch_stride + head * vector_head_stride);
   }
   PRISM_HOST_DEVICE float* factors_of(int64_t batch, int64_t head) const {
     return factors + batch * factor_batch_stride + head * factor_head_stride;
@@ -148,15 +149,15 @@ struct PoolCellsParams {
   int64_t heads;
   int64_t first_cell;
   int64_t length;  // tokens
-  int head_dim;  // up to 128
+  int head_dim;    // up to 128
   DType dtype;
 };
 
 // Selection from the masses of a grid of cells, see kernels/grid. Ragged as in EstimatePoolParams.
 struct EstimateGridParams {
-  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
-  CellStats k_cells;           // pooled before; null: k is pooled in the call
+  TensorView q;       // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;       // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
+  CellStats k_cells;  // pooled before; null: k is pooled in the call
   SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
   float scale;                // softmax scale, > 0
   DType dtype;

@@ -23,12 +23,10 @@ void check_key_cells(const char* op, NamedTensor cells, NamedTensor factors, con
                   x.size(3) == width,
               op, cells.name, " has shape ", shape_string(x), "; expected (", like.size(0),
               ", key heads, cells, ", width, ") for ", like_name, " of head_dim ", like.size(3));
-  check_shape(op, factors.name, factors.tensor, {x.size(0), x.size(1), x.size(2)},
-              cells.name);
+  check_shape(op, factors.name, factors.tensor, {x.size(0), x.size(1), x.size(2)}, cells.name);
   const bool dense_rows = x.stride(3) == 1 && (x.size(2) <= 1 || x.stride(2) == width);
-  PRISM_CHECK(x.numel() == 0 || dense_rows, op, cells.name,
-              " has last strides (", x.stride(2), ", ", x.stride(3), "); expected (", width,
-              ", 1)");
+  PRISM_CHECK(x.numel() == 0 || dense_rows, op, cells.name, " has last strides (", x.stride(2),
+              ", ", x.stride(3), "); expected (", width, ", 1)");
   PRISM_CHECK(x.size(2) <= 1 || factors.tensor.stride(2) == 1, op, factors.name,
               " has last stride ", factors.tensor.stride(2), "; expected 1");
   PRISM_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0 && x.stride(0) % 8 == 0 &&

@@ -407,15 +407,16 @@ def test_prefill_varlen_is_estimation_and_attention(device: str, page_size: int 
     lengths = ((200, 700), (0, 5), (129, 1000))
     case = RaggedCase("fp8", lengths, head_dim=128, page_size=page_size)
     made = ragged_inputs(case, torch.bfloat16, device, kv_dtype=fp8.FP8)
-    config = prism_cuda.PrismConfig(top_p=0.9, rope_theta=1e6, rope_layout="half")
+    config = prism_cuda.PrismConfig(top_p=0.9, dense_below=0, rope_theta=1e6, rope_layout="half")
     where = {name: x for name, x in made.tensors.items() if name != "sinks"}
     out, lse, bits, counts = prism_cuda.prefill_varlen(
         made.q, made.k, made.v, **where, **made.scales, config=config, return_lse=True,
         return_mask=True,
     )  # fmt: skip
     want = prism_cuda.sparse_attention_varlen(
-        made.q, made.k, made.v, bits, counts, **where, **made.scales, return_lse=True
-    )
+        made.q, made.k, made.v, bits, counts, **where, **made.scales,
+        block_size=config.block_sizes, return_lse=True,
+    )  # fmt: skip
     assert torch.equal(out, want[0])
     assert torch.equal(lse, want[1])
     unscaled = prism_cuda.prefill_varlen(made.q, made.k, made.v, **where, config=config)

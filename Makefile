@@ -67,7 +67,7 @@ demo: build
 
 quality: $(READY)
 	PYTHONPATH=. $(PY) bench/quality/frontier.py --out build/quality --lengths 4096 --windows 2 --tasks copy \
-	  --methods prism fine prism_e_64 mean_pool xattention vertical_slash oracle_t
+	  --methods prism peak fine mean_pool xattention vertical_slash oracle_t
 
 lint: $(READY)
 	$(PY) -m ruff check .

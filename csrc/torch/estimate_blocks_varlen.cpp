@@ -56,8 +56,9 @@ std::tuple<Tensor, Tensor> estimate_blocks_varlen(
     const std::vector<int64_t>& high_band, const std::vector<int64_t>& low_band, double top_p,
     int64_t keep_sink, int64_t keep_recent, std::optional<double> keep_above, bool causal,
     int64_t q_block_size, int64_t k_block_size, const std::optional<Tensor>& k_scale) {
-  const RaggedShape batch = check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k,
-                                         seqused_k, block_table, max_seqlen_q, max_seqlen_k);
+  const RaggedShape batch =
+      check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+                   max_seqlen_q, max_seqlen_k, Fp8::kAllowed);
   check_head_scale(kOp, "k_scale", k_scale, "k", k, batch.kv_heads);
   check_block_sizes(kOp, q_block_size, k_block_size);
   [[maybe_unused]] const SelectionBands bands = check_selection(

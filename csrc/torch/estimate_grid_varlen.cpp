@@ -17,8 +17,9 @@ std::tuple<Tensor, Tensor> estimate_grid_varlen(
     const std::optional<Tensor>& block_table, int64_t max_seqlen_q, int64_t max_seqlen_k,
     double top_p, int64_t keep_sink, int64_t keep_recent, std::optional<double> keep_above,
     std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size) {
-  const RaggedShape batch = check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k,
-                                         seqused_k, block_table, max_seqlen_q, max_seqlen_k);
+  const RaggedShape batch =
+      check_ragged(kOp, q, k, /*v=*/nullptr, cu_seqlens_q, cu_seqlens_k, seqused_k, block_table,
+                   max_seqlen_q, max_seqlen_k, Fp8::kRefused);
   check_grid_head_dim(kOp, "q", q);
   const GridSettings settings =
       check_grid_settings(kOp, batch.head_dim, top_p, keep_sink, keep_recent, keep_above, scale,

@@ -50,7 +50,7 @@ RaggedShape check_ragged(const char* op, const Tensor& q, const Tensor& k, const
                          const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const std::optional<Tensor>& seqused_k,
                          const std::optional<Tensor>& block_table, int64_t max_seqlen_q,
-                         int64_t max_seqlen_k) {
+                         int64_t max_seqlen_k, Fp8 fp8) {
   PRISM_CHECK(!block_table || !cu_seqlens_k, op,
               "cu_seqlens_k and block_table are both given; expected one of them");
   PRISM_CHECK(block_table || cu_seqlens_k, op,
@@ -59,13 +59,13 @@ RaggedShape check_ragged(const char* op, const Tensor& q, const Tensor& k, const
   const char* kv_shape =
       block_table ? "(pages, page_size, kv_heads, head_dim)" : "(total_k, kv_heads, head_dim)";
   check_heads(op, "q", q, 3, "(total_q, q_heads, head_dim)");
-  check_heads(op, "k", k, kv_dims, kv_shape, Fp8::kAllowed);
+  check_heads(op, "k", k, kv_dims, kv_shape, fp8);
   if (v != nullptr) {
-    check_heads(op, "v", *v, kv_dims, kv_shape, Fp8::kAllowed);
+    check_heads(op, "v", *v, kv_dims, kv_shape, fp8);
   }
-  check_like_q(op, "k", k, q, Fp8::kAllowed);
+  check_like_q(op, "k", k, q, fp8);
   if (v != nullptr) {
-    check_like_q(op, "v", *v, q, Fp8::kAllowed);
+    check_like_q(op, "v", *v, q, fp8);
     check_v_dtype(op, k, *v);
     const auto k_sizes = k.sizes();
     check_shape(op, "v", *v, {k_sizes.data(), k_sizes.data() + k_sizes.size()}, "k's shape");

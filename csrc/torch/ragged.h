@@ -18,12 +18,12 @@ struct RaggedShape {
   int64_t max_seqlen_k;
 };
 
-// `v` may be null: the op has none.
+// `v` may be null: the op has none. `fp8` is about k and v.
 RaggedShape check_ragged(const char* op, const Tensor& q, const Tensor& k, const Tensor* v,
                          const Tensor& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k,
                          const std::optional<Tensor>& seqused_k,
                          const std::optional<Tensor>& block_table, int64_t max_seqlen_q,
-                         int64_t max_seqlen_k);
+                         int64_t max_seqlen_k, Fp8 fp8);
 
 #ifdef PRISM_WITH_CUDA
 

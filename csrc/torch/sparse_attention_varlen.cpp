@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> sparse_attention_varlen(
     std::optional<double> softcap, std::optional<int64_t> window_left,
     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
   const RaggedShape batch = check_ragged(kOp, q, k, &v, cu_seqlens_q, cu_seqlens_k, seqused_k,
-                                         block_table, max_seqlen_q, max_seqlen_k);
+                                         block_table, max_seqlen_q, max_seqlen_k, Fp8::kAllowed);
   check_block_sizes(kOp, q_block_size, k_block_size);
   check_mask(q, bits, counts, batch, q_block_size, k_block_size);
   check_sinks(kOp, sinks, q, batch.q_heads);

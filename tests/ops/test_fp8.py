@@ -423,6 +423,16 @@ def test_prefill_varlen_is_estimation_and_attention(device: str, page_size: int 
     assert not torch.equal(unscaled, out)
 
 
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_prefill_varlen_on_the_grid_refuses_fp8_keys(device: str, page_size: int | None) -> None:
+    case = RaggedCase("fp8", ((200, 700),), head_dim=128, page_size=page_size)
+    made = ragged_inputs(case, torch.bfloat16, device, kv_dtype=fp8.FP8)
+    where = {name: x for name, x in made.tensors.items() if name != "sinks"}
+    config = prism_cuda.PrismConfig(estimator="grid", dense_below=0)
+    with pytest.raises(RuntimeError, match=r"estimate_grid_varlen: k has dtype Float8_e4m3fn"):
+        prism_cuda.prefill_varlen(made.q, made.k, made.v, **where, config=config)
+
+
 def test_ops_are_registered_for_fp8(device: str) -> None:
     case = make(AttentionCase("sample", 130, 200, q_heads=4), torch.bfloat16, device)
     torch.library.opcheck(

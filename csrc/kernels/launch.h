@@ -33,6 +33,16 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const LaunchShape& shap
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
+// Whether launches may overlap on a GPU of this compute capability (10 * major + minor). Code for
+// 9.0 has to run there: what a newer GPU translates from PTX of 8.0 waits for nothing.
+inline bool can_overlap([[maybe_unused]] int sm) {
+#ifdef PRISM_HAS_SM90A
+  return sm == 90;
+#else
+  return false;
+#endif
+}
+
 // In a kernel launched with `overlaps`: before it reads or overwrites anything of the kernel ahead.
 __device__ inline void wait_for_producer() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -242,8 +242,11 @@ void check_kv_scales(const char* op, const Tensor& k, const Tensor& v, int64_t k
 
 ScoreOptions check_scores(const char* op, std::optional<double> softcap,
                           std::optional<int64_t> window_left, int64_t k_len) {
-  PRISM_CHECK(!softcap || (*softcap > 0.0 && std::isnormal(static_cast<float>(*softcap))), op,
-              "softcap is ", *softcap, "; allowed: None, or finite and above 0");
+  // Within these no step of the kernels leaves float32's normal range.
+  constexpr double kLeastCap = 0x1p-64;
+  constexpr double kLargestCap = 0x1p64;
+  PRISM_CHECK(!softcap || (*softcap >= kLeastCap && *softcap <= kLargestCap), op, "softcap is ",
+              *softcap, "; allowed: None, or 2^-64 to 2^64");
   PRISM_CHECK(!window_left || *window_left >= 0, op, "window_left is ", *window_left,
               "; allowed: None, or 0 and more keys");
   const bool reaches_all = !window_left || *window_left >= k_len;

@@ -365,8 +365,7 @@ PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT
 THRESHOLD = (drawn(st.floats().filter(lambda p: not 0 < p <= 1)), NOT_A_FLOAT)
 # Times log2(e) it has to be a normal float32.
 SCALE = (drawn(st.floats().filter(lambda s: not 8e-39 < s < 2.4e38)), NOT_A_FLOAT)
-# A normal float32.
-SOFTCAP = (drawn(st.floats().filter(lambda s: not 1.17e-38 < s < 3.41e38)), NOT_A_FLOAT)
+SOFTCAP = (drawn(st.floats().filter(lambda s: not 2**-64 <= s <= 2**64)), NOT_A_FLOAT)
 WINDOW = (drawn(st.integers(-(2**63), -1)), drawn(NOT_INT64), other_type("64", 0.5, [64], {}))
 FLAG = (other_type("yes", [True], {}),)
 

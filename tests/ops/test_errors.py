@@ -208,6 +208,8 @@ WRONG += [
     ("sparse_attention", "counts", "other batch", lambda x: x[:1], "counts"),
     ("sparse_attention", "softcap", "0", to(0.0), "softcap"),
     ("sparse_attention", "softcap", "inf", to(math.inf), "softcap"),
+    ("sparse_attention", "softcap", "1e-20", to(1e-20), "softcap"),
+    ("sparse_attention", "softcap", "3e38", to(3e38), "softcap"),
     ("sparse_attention", "window_left", "-1", to(-1), "window_left"),
     ("sparse_attention", "sinks", "3 heads", to(torch.zeros(3)), "sinks"),
 ]

@@ -18,7 +18,8 @@ cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream
 // queries and 16 keys, with the keys' spread; top-p or a threshold on these shares, scaled to sum
 // to 1; sink and recent blocks. Two launches. Of a ragged batch every sequence keeps what it would
 // keep alone; rows and words past its end are 0.
-// Deterministic. `sm` is 10 * major + minor of the current device: launches overlap from 90 on.
+// Deterministic. `sm` is 10 * major + minor of the current device: launches overlap at 90
+// (launch.h).
 cudaError_t launch_estimate_grid(const EstimateGridParams& params, int sm, cudaStream_t stream);
 
 }  // namespace prism

@@ -141,7 +141,7 @@ cudaError_t launch_grid_kernels(const EstimateGridParams& params, int64_t ctas, 
   if (error != cudaSuccess) {
     return error;
   }
-  const bool overlaps = sm >= 90;
+  const bool overlaps = can_overlap(sm);
   return select.k_block_size == 64
              ? launch_score_cells<GridShape<kHeadDim, 4, kRagged>>(params, ctas, overlaps, stream)
              : launch_score_cells<GridShape<kHeadDim, 8, kRagged>>(params, ctas, overlaps, stream);

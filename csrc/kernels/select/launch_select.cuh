@@ -144,7 +144,7 @@ cudaError_t launch_select(const SelectBlocksParams& params, int sm, cudaStream_t
   if (error != cudaSuccess) {
     return error;
   }
-  const bool overlaps = sm >= 90;
+  const bool overlaps = can_overlap(sm);
   switch (plan.kernel) {
     case SelectKernel::kShortest:
       return launch_short_rows<ShortestRows<kHeadDim>>(params, overlaps, stream);

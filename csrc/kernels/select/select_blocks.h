@@ -14,7 +14,7 @@ cudaError_t launch_prepare_means(const SelectBlocksParams& params, cudaStream_t 
 
 // Calibrated dual-band top-p selection: q_means and workspace in, packed block mask out. Has to
 // follow the launch that filled the workspace, in its stream. Deterministic. `sm` is 10 * major +
-// minor of the current device: launches overlap from 90 on.
+// minor of the current device: launches overlap at 90 (launch.h).
 cudaError_t launch_select_blocks(const SelectBlocksParams& params, int sm, cudaStream_t stream);
 
 }  // namespace prism

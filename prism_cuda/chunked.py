@@ -213,12 +213,13 @@ class ChunkedPrefill:
             self.append(k[:, :, self.length :])
             return self._keys.pool_queries(q)
 
+        functional.check_not_fp8("ChunkedPrefill", k)
         scores = functional.Scores(sinks, softcap, window_left)
         choice = functional.choose(q, k, v, self._config, scores)
         if choice.path == "dense" or scores.windowed(k.shape[2]):
             # Nothing is estimated: the means are for later chunks.
             self.append(k[:, :, self.length :])
-            out, full = functional.prefill(
+            result = functional.prefill(
                 q,
                 k,
                 v,
@@ -227,9 +228,9 @@ class ChunkedPrefill:
                 sinks=sinks,
                 softcap=softcap,
                 window_left=window_left,
-                return_mask=True,
+                return_mask=choice.path == "prism",
             )
-            mask = None if choice.path == "dense" else full
+            out, mask = result if choice.path == "prism" else (result, None)
             return (out, mask) if return_mask else out
         q_means = stage("pool", pool)
         q_len, k_len = q.shape[2], k.shape[2]

@@ -47,7 +47,8 @@ class PrismConfig:
             means of 16 queries and 16 keys over the full width, and keeps what any 16 queries of a
             block look at: much sparser at equal quality, needs no bands and works without RoPE, and
             takes longer; see docs/quality.md. "auto" is "bands" where ``bands`` sets them, heads
-            have more than 128 dimensions or keys are float8, and "grid" everywhere else.
+            have more than 128 dimensions or :func:`prefill_varlen` has float8 keys, and "grid"
+            everywhere else.
         top_p: probability mass each band, or the grid, keeps per query block, in [0, 1]. The one
             quality knob: higher keeps more blocks; 1 keeps all. A sequence gives one value per
             query head.
@@ -63,7 +64,7 @@ class PrismConfig:
         keep_sink: leading key blocks every query block keeps.
         keep_recent: key blocks kept up to the query block's own, itself included.
         dense_below: sequences with fewer keys use dense attention, which is cheaper there. The
-            default is where bench/prefill.py saw both take equally long on an H200.
+            default is where bench/prefill.py saw both take equally long on an H200, by bands.
         dense_heads: query heads that keep every block, whatever top_p says.
         dense_layers: layers of a model that run dense: the first n of them, or a collection of
             layer indices. Like ``layers``, for models only: calls from Python have no layer.

@@ -109,12 +109,13 @@ def why_dense(
     Windows need no estimation: every head_dim that attention takes will do.
     """
     q_block_size = config.block_sizes[0]
+    # Not by f-strings, which compilers take lengths as constants for.
     if q_len == 1:
         return "decode: one query token"
     if q_len < q_block_size:
-        return f"q_len {q_len} is less than one block of {q_block_size}"
+        return "q_len {} is less than one block of {}".format(q_len, q_block_size)  # noqa: UP032
     if k_len < config.dense_below:
-        return f"k_len {k_len} is below dense_below {config.dense_below}"
+        return "k_len {} is below dense_below {}".format(k_len, config.dense_below)  # noqa: UP032
     if not windowed and not is_estimated(head_dim, config):
         return (
             f"head_dim {head_dim} is not a multiple of 8 up to "
@@ -189,10 +190,13 @@ def prefill(
 
     Raises:
         ImportError: if the ops library is not built.
-        RuntimeError: if the tensors do not fit each other.
+        RuntimeError: if the tensors do not fit each other, or if lse, sinks, softcap or a window
+            are asked of a dtype or head size without a kernel.
+        ValueError: if k is float8, which :func:`prefill_varlen` takes.
     """
     config = config or PrismConfig()
     scores = Scores(sinks, softcap, window_left)
+    check_not_fp8("prefill", k)
     choice = choose(q, k, v, config, scores)
     lse = mask = None
     if choice.path == "prism":
@@ -227,6 +231,7 @@ def select_blocks(
     """
     config = config or PrismConfig()
     _ops.load()
+    check_not_fp8("select_blocks", k)
     return selection.estimate(q, k, selection.bands_of(q, config), config, scale, causal)
 
 
@@ -403,6 +408,18 @@ def note_dense(
         )
 
 
+def check_not_fp8(function: str, k: torch.Tensor) -> None:
+    """Refuse fp8 keys, which dense attention does not take and whose scales there is no place for.
+
+    Raises:
+        ValueError: naming k.
+    """
+    if k.dtype == torch.float8_e4m3fn:
+        raise ValueError(
+            f"{function}: k has dtype {k.dtype}; expected q's (prefill_varlen takes fp8 keys)"
+        )
+
+
 def choose(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -412,7 +429,10 @@ def choose(
 ) -> Dispatch:
     """:func:`dispatch` of these tensors."""
     if v.shape[-1] != q.shape[-1]:
-        return Dispatch("dense", "sdpa", f"v has head_dim {v.shape[-1]}, q has {q.shape[-1]}")
+        reason = f"v has head_dim {v.shape[-1]}, q has {q.shape[-1]}"
+        plain = scores.sinks is None and scores.softcap is None and not scores.windowed(k.shape[2])
+        # Torch's attention would leave out the rest.
+        return Dispatch("dense", "sdpa" if plain else f"unsupported: {reason}", reason)
     return dispatch(
         q.shape[2],
         k.shape[2],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from prism_cuda import _ops
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 from prism_cuda.per_head import (
@@ -42,8 +43,8 @@ def estimate(
     def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
         inputs = (take(q, heads), take(k, kv_heads), *arguments(setting, config))
         if bands is None:
-            return torch.ops.prism.estimate_grid(*inputs, scale, causal, *sizes)
-        return torch.ops.prism.estimate_blocks(*inputs, causal, *sizes)
+            return _ops.call(torch.ops.prism.estimate_grid, *inputs, scale, causal, *sizes)
+        return _ops.call(torch.ops.prism.estimate_blocks, *inputs, causal, *sizes)
 
     bits, counts = each_setting(select, settings, q.shape[1], k.shape[1])
     return BlockMask(bits, counts, q_len, k_len, *sizes, causal)
@@ -54,8 +55,8 @@ def pool(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q_block_size, k_block_size = config.block_sizes
     return (
-        torch.ops.prism.block_pool(q, q_block_size),
-        torch.ops.prism.block_pool(k, k_block_size),
+        _ops.call(torch.ops.prism.block_pool, q, q_block_size),
+        _ops.call(torch.ops.prism.block_pool, k, k_block_size),
     )
 
 
@@ -69,7 +70,8 @@ def select_from_means(
     causal: bool,
 ) -> BlockMask:
     def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
-        return torch.ops.prism.select_blocks(
+        return _ops.call(
+            torch.ops.prism.select_blocks,
             take(q_means, heads),
             take(k_means, kv_heads),
             q_len,
@@ -95,7 +97,8 @@ def select_from_cells(
     """The causal block mask from q and the cells of the first k_len keys."""
 
     def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
-        return torch.ops.prism.select_grid(
+        return _ops.call(
+            torch.ops.prism.select_grid,
             take(q, heads),
             take(k_cells, kv_heads),
             take(k_factors, kv_heads),

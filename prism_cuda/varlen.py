@@ -81,7 +81,8 @@ def sparse_attention_varlen(
             lengths and pages outside the tensors are cut, and give results without meaning.
     """
     _ops.load()
-    out, lse = torch.ops.prism.sparse_attention_varlen(
+    out, lse = _ops.call(
+        torch.ops.prism.sparse_attention_varlen,
         q,
         k,
         v,
@@ -150,7 +151,8 @@ def prefill_varlen(
             kept, and the result is exact.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
         return_mask: also return the kept blocks, bits and counts as
-            :func:`sparse_attention_varlen` takes them; 0 past a sequence's end.
+            :func:`sparse_attention_varlen` takes them with block_size=config.block_sizes; 0 past a
+            sequence's end.
 
     Returns:
         out like q, or (out[, lse][, bits, counts]). A row that sees no key gets out 0, and as lse

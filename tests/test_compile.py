@@ -69,6 +69,17 @@ def test_prefill_compiles_once_for_all_lengths(name: str) -> None:
     assert not called(backend.graphs[-1])
 
 
+@pytest.mark.parametrize("lengths", [(600, 601, 650), (40, 41, 50)], ids=["few_keys", "short"])
+def test_dense_prefill_compiles_once_for_all_lengths(lengths: tuple[int, ...]) -> None:
+    torch._dynamo.reset()
+    backend = EagerAndRecordGraphs()
+    compiled = torch.compile(Prefill(PrismConfig()), fullgraph=True, dynamic=True, backend=backend)
+    for length in lengths:
+        tensors = qkv(length)
+        assert torch.equal(compiled(*tensors), prism_cuda.prefill(*tensors))
+    assert len(backend.graphs) == 1
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_exported_prefill_equals_eager_at_another_length(name: str) -> None:
     prefill = Prefill(SETTINGS[name])

@@ -461,3 +461,23 @@ def test_dispatch_of_windows_and_caps():
     for options in ({"softcap": 2.0}, {"sinks": True}, {"window_left": 5}):
         assert choose(1, 300, 64, **options).kernel == "cpu"
     assert "multiple of 8" in choose(300, 300, 36, window_left=5).reason
+
+
+@pytest.mark.parametrize("changes", [{"softcap": 1.0}, {"window_left": 3}, {"sinks": True}])
+def test_what_torch_s_attention_would_leave_out_is_refused(changes):
+    q, k, v = qkv(256, 256)
+    if "sinks" in changes:
+        changes = {"sinks": torch.full((q.shape[1],), 9.0)}
+    with pytest.raises(RuntimeError, match="v has head_dim 32"):
+        prism_cuda.prefill(q, k, v[..., :32].contiguous(), **changes)
+
+
+def test_fp8_keys_are_sent_to_prefill_varlen():
+    q, k, v = (x.bfloat16() for x in qkv(256, 256))
+    k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    chunked = prism_cuda.ChunkedPrefill(1, k.shape[1], k.shape[3], 256, device="cpu")
+    for call in (prism_cuda.prefill, chunked.prefill):
+        with pytest.raises(ValueError, match=r"k has dtype torch.float8_e4m3fn"):
+            call(q, k, v)
+    with pytest.raises(ValueError, match=r"select_blocks: k has dtype"):
+        prism_cuda.select_blocks(q, k)

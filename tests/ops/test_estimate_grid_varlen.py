@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import oracle
 from helpers.cases import B128_64
 from helpers.params import case_params, device_dtype_params, needs_cuda
-from helpers.poison import poisoned_allocations
-from helpers.ragged import LENGTHS, RaggedCase, RaggedInputs, estimated_alone, ragged_inputs
+from helpers.ragged import LENGTHS, RaggedCase, ragged_inputs
+from helpers.ragged_estimation import GRID
 
 import prism_cuda  # noqa: F401  registers the ops
 
@@ -57,36 +55,6 @@ SANITIZER_CASES = (
     "paged-page_64",
     "paged-heads_first",
 )
-RULES: dict[str, Any] = {"top_p": 0.8, "keep_sink": 1, "keep_recent": 2, "keep_above": 0.2}
-
-
-def arguments_of(case: RaggedInputs) -> dict[str, Any]:
-    where = {name: x for name, x in case.tensors.items() if name != "sinks"}
-    common = ("scale", "causal", "q_block_size", "k_block_size")
-    settings = {name: case.settings[name] for name in common}
-    return {"q": case.q, "k": case.k} | where | RULES | settings
-
-
-def run(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    with poisoned_allocations():
-        return torch.ops.prism.estimate_grid_varlen(**arguments)
-
-
-def alone(case: RaggedInputs, arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    settings = {
-        name: x
-        for name, x in arguments.items()
-        if name not in case.tensors and name not in ("q", "k")
-    }
-    return estimated_alone(torch.ops.prism.estimate_grid, case, settings)
-
-
-def check(case: RaggedInputs, **changes: Any) -> None:
-    arguments = arguments_of(case) | changes
-    bits, counts = run(arguments)
-    want_bits, want_counts = alone(case, arguments)
-    assert torch.equal(counts.cpu(), want_counts)
-    assert torch.equal(bits.cpu(), want_bits)
 
 
 @pytest.mark.parametrize("case", case_params(CASES, SANITIZER_CASES))
@@ -96,7 +64,7 @@ def test_a_sequence_keeps_what_it_keeps_alone(
 ) -> None:
     if on == "cuda":
         needs_cuda()
-    check(ragged_inputs(case, dtype, on))
+    GRID.check(ragged_inputs(case, dtype, on))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +79,7 @@ def test_a_sequence_keeps_what_it_keeps_alone(
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_rules(device: str, rules: dict[str, Any], page_size: int | None) -> None:
     case = RaggedCase("rules", LONGER, page_size=page_size, slack=(300, 300))
-    check(ragged_inputs(case, torch.bfloat16, device), **rules)
+    GRID.check(ragged_inputs(case, torch.bfloat16, device), **rules)
 
 
 @pytest.mark.parametrize("page_size", [None, 64])
@@ -120,8 +88,8 @@ def test_more_than_1024_key_blocks(cuda: str, heads: int, page_size: int | None)
     lengths = ((300, 70001), (64, 64), (0, 0), (129, 3000), (1, 0), (2049, 2100))
     case = RaggedCase("long", lengths, heads, 1, blocks=B64, page_size=page_size)
     inputs = ragged_inputs(case, torch.bfloat16, cuda)
-    check(inputs)
-    check(inputs, top_p=1.0)
+    GRID.check(inputs)
+    GRID.check(inputs, top_p=1.0)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -129,120 +97,9 @@ def test_more_tiles_than_fit_at_a_time(cuda: str, head_dim: int) -> None:
     """Thread blocks go from tiles of one sequence to those of others, more than 32 further."""
     lengths = ((2500, 2500), (1, 1), (0, 5), (700, 2100)) * 20
     case = RaggedCase("tiles", lengths, 8, 2, head_dim=head_dim)
-    check(ragged_inputs(case, torch.bfloat16, cuda))
-
-
-def test_no_sequence_and_no_row(device: str) -> None:
-    for lengths in (((0, 3), (0, 0)), ((3, 0), (130, 0))):
-        check(ragged_inputs(RaggedCase("nothing", lengths), torch.bfloat16, device))
-    arguments = arguments_of(ragged_inputs(RaggedCase("none"), torch.bfloat16, device))
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        arguments[name] = arguments[name][:1]
-    bits, counts = run(arguments)
-    assert bits.shape == (0, 4, 2, 1)
-    assert counts.shape == (0, 4, 2)
-
-
-@pytest.mark.parametrize("page_size", [None, 16])
-def test_sequences_do_not_see_each_other(device: str, page_size: int | None) -> None:
-    case = ragged_inputs(RaggedCase("nan", page_size=page_size), torch.bfloat16, device)
-    arguments = arguments_of(case)
-    before = run(arguments)
-    victim = 3
-    case.q[case.rows()[victim]] = torch.nan
-    first_key = sum(k_len for _, k_len in LENGTHS[:victim])
-    if page_size is None:
-        case.k[first_key : first_key + LENGTHS[victim][1]] = torch.nan
-    others = [b for b in range(len(LENGTHS)) if b != victim]
-    for got, want in zip(run(arguments), before, strict=True):
-        assert torch.equal(got[others], want[others])
-
-
-def test_wrong_lengths_and_pages_stay_within_the_tensors(cuda: str) -> None:
-    packed = arguments_of(ragged_inputs(RaggedCase("packed"), torch.bfloat16, cuda))
-    packed["cu_seqlens_q"][-1] = 1 << 30
-    packed["cu_seqlens_k"][-1] = 1 << 30
-    packed["cu_seqlens_k"][2] = -5
-    paged = arguments_of(ragged_inputs(RaggedCase("paged", page_size=16), torch.bfloat16, cuda))
-    paged["block_table"][:, 0] = 1 << 30
-    paged["block_table"][:, 1] = -7
-    paged["seqused_k"][0] = 1 << 30
-    paged["seqused_k"][1] = -1
-    for arguments in (packed, paged):
-        bits, counts = run(arguments)
-        set_bits = oracle.unpack_bits(bits, 3).sum(-1)
-        assert torch.equal(set_bits.cpu(), counts.cpu().long())
-
-
-def test_lengths_are_read_on_the_device(cuda: str) -> None:
-    """A captured graph follows lengths and pages that change afterwards."""
-    case = ragged_inputs(RaggedCase("graph", page_size=16, head_dim=128), torch.bfloat16, cuda)
-    arguments = arguments_of(case)
-    run(arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        bits, counts = torch.ops.prism.estimate_grid_varlen(**arguments)
-    other = ragged_inputs(
-        RaggedCase("other", LENGTHS[::-1], page_size=16, head_dim=128), torch.bfloat16, cuda, seed=7
-    )
-    for name in ("q", "k"):
-        getattr(case, name).copy_(getattr(other, name))
-    for name in ("cu_seqlens_q", "seqused_k", "block_table"):
-        case.tensors[name].copy_(other.tensors[name])
-    graph.replay()
-    want = run(arguments_of(other))
-    assert torch.equal(bits, want[0])
-    assert torch.equal(counts, want[1])
-
-
-WRONG: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
-    ("q", lambda x: x[..., :48], "head_dim"),
-    ("q", lambda x: x[..., :60], "head_dim.*multiples of 8 up to 256"),
-    ("q", lambda x: x.half(), r"\bk\b.*dtype"),
-    ("q", lambda x: x[0], r"\bq\b"),
-    ("q", lambda x: x[:, :3], r"\bq\b.*3.*\bk\b.*2"),
-    ("k", lambda x: x[0], r"\bk\b"),
-    ("cu_seqlens_q", lambda x: x.long(), "cu_seqlens_q"),
-    ("cu_seqlens_k", lambda x: x[1:], "cu_seqlens_k"),
-    ("cu_seqlens_k", lambda _: None, "cu_seqlens_k"),
-    ("seqused_k", lambda x: x[1:], "seqused_k"),
-    ("max_seqlen_q", lambda _: -1, "max_seqlen_q"),
-    ("max_seqlen_k", lambda _: 1 << 30, "max_seqlen_k"),
-    ("scale", lambda _: 0.0, "scale"),
-    ("top_p", lambda _: 1.5, "top_p"),
-    ("keep_sink", lambda _: -1, "keep_sink"),
-    ("keep_recent", lambda _: -1, "keep_recent"),
-    ("keep_above", lambda _: 0.0, "keep_above"),
-    ("q_block_size", lambda _: 32, "block_size"),
-)
-
-
-def refuse(arguments: dict[str, Any], pattern: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"prism::estimate_grid_varlen\b.*(?:{pattern})"):
-        torch.ops.prism.estimate_grid_varlen(**arguments)
-
-
-@pytest.mark.parametrize(("argument", "change", "pattern"), WRONG)
-def test_wrong_call_is_refused_by_name(
-    argument: str, change: Callable[[Any], Any], pattern: str, device: str
-) -> None:
-    case = RaggedCase("wrong", ((5, 9), (130, 200)), unused=2)
-    arguments = arguments_of(ragged_inputs(case, torch.bfloat16, device))
-    arguments[argument] = change(arguments[argument])
-    refuse(arguments, pattern)
-
-
-def test_pages_without_lengths_are_refused(device: str) -> None:
-    case = ragged_inputs(RaggedCase("paged", ((5, 9),), page_size=16), torch.bfloat16, device)
-    refuse(arguments_of(case) | {"seqused_k": None}, "seqused_k")
-    refuse(arguments_of(case) | {"max_seqlen_k": 1 << 20}, "max_seqlen_k")
+    GRID.check(ragged_inputs(case, torch.bfloat16, cuda))
 
 
 def test_wide_heads_are_refused(device: str) -> None:
     case = ragged_inputs(RaggedCase("wide", ((5, 9),), head_dim=136), torch.bfloat16, device)
-    refuse(arguments_of(case), r"\bq has head_dim 136.*grid.*128")
-
-
-def test_too_many_key_blocks_are_refused(cuda: str) -> None:
-    case = ragged_inputs(RaggedCase("long", ((5, 9),)), torch.bfloat16, cuda)
-    refuse(arguments_of(case) | {"max_seqlen_k": 16385 * 128}, "max_seqlen_k.*16384")
+    GRID.refuse(GRID.arguments_of(case), r"\bq has head_dim 136.*grid.*128")

@@ -10,14 +10,14 @@ import torch
 from prism_cuda import _ops, functional, recording, selection
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import MAX_HEAD_DIM, PrismConfig
-from prism_cuda.reference import CELL_TOKENS, cell_width
+from prism_cuda.reference import CELL_TOKENS, estimation_width
 
 _Result = TypeVar("_Result")
 
 
 def running_sums(head_dim: int) -> int:
     """Partial sums that prism::pool_append_ keeps of an unfinished block, per dimension."""
-    return 16 if head_dim <= 64 else 8 if head_dim <= 128 else 4
+    return 1024 // estimation_width(head_dim)
 
 
 class _KeyMeans:
@@ -71,7 +71,7 @@ class _KeyCells:
     ) -> None:
         self._config = config
         cells = -(-max_len // CELL_TOKENS)
-        width = 2 * cell_width(head_dim)
+        width = 2 * estimation_width(head_dim)
         self._cells = torch.empty((*heads, cells, width), dtype=torch.half, device=device)
         self._factors = torch.empty((*heads, cells), dtype=torch.float32, device=device)
         self._unfinished: torch.Tensor | None = None  # the keys of the last cell, fewer than 16
@@ -216,21 +216,11 @@ class ChunkedPrefill:
         functional.check_not_fp8("ChunkedPrefill", k)
         scores = functional.Scores(sinks, softcap, window_left)
         choice = functional.choose(q, k, v, self._config, scores)
-        if choice.path == "dense" or scores.windowed(k.shape[2]):
+        if choice.estimator is None:
             # Nothing is estimated: the means are for later chunks.
             self.append(k[:, :, self.length :])
-            result = functional.prefill(
-                q,
-                k,
-                v,
-                config=self._config,
-                scale=scale,
-                sinks=sinks,
-                softcap=softcap,
-                window_left=window_left,
-                return_mask=choice.path == "prism",
-            )
-            out, mask = result if choice.path == "prism" else (result, None)
+            out, _, full = functional.run(q, k, v, choice, self._config, scale, True, scores)
+            mask = full if choice.path == "prism" else None
             return (out, mask) if return_mask else out
         q_means = stage("pool", pool)
         q_len, k_len = q.shape[2], k.shape[2]

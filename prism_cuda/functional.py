@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from prism_cuda import _ops, recording, selection
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import MAX_HEAD_DIM, Estimator, PrismConfig
-from prism_cuda.per_head import HeadBands, settings_of_heads
+from prism_cuda.per_head import Chooser, estimator_of, settings_of_heads
 
 MAX_ATTENTION_HEAD_DIM = 256  # multiples of 8
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
@@ -45,6 +45,10 @@ class Scores:
     def windowed(self, k_len: int) -> bool:
         """Whether the window hides any of the keys."""
         return self.window_left is not None and self.window_left + 1 < k_len
+
+    def served_by_torch(self, k_len: int) -> bool:
+        """Whether torch's attention computes them: it knows no sinks, caps and windows."""
+        return self.sinks is None and self.softcap is None and not self.windowed(k_len)
 
 
 PLAIN = Scores()
@@ -86,19 +90,21 @@ def dispatch(
     """
     config = config or PrismConfig()
     device = torch.device(device)
-    windowed = Scores(window_left=window_left).windowed(k_len)
-    kernel = attention_kernel(head_dim, dtype, device, config)
+    scores = Scores(softcap=softcap, window_left=window_left)
+    windowed = scores.windowed(k_len)
+    by_torch = scores.served_by_torch(k_len) and not sinks
     reason = why_dense(q_len, k_len, head_dim, config, windowed)
+    if reason is not None and by_torch:  # every decode step comes by here
+        return Dispatch("dense", "sdpa", reason)
+    kernel = attention_kernel(head_dim, dtype, device, config)
     if reason is None and kernel.startswith("unsupported"):
         reason = kernel
-    if reason is None:
-        if windowed:
-            return Dispatch("prism", kernel, WINDOW_REASON)
-        return Dispatch("prism", kernel, "block-sparse", config.estimator_of(head_dim))
-    # Torch's attention knows none of these: the block-sparse kernel computes every block.
-    if sinks or softcap is not None or windowed:
-        return Dispatch("dense", kernel, reason)
-    return Dispatch("dense", "sdpa", reason)
+    if reason is not None:
+        # Where torch's attention does not do, the block-sparse kernel computes every block.
+        return Dispatch("dense", "sdpa" if by_torch else kernel, reason)
+    if windowed:
+        return Dispatch("prism", kernel, WINDOW_REASON)
+    return Dispatch("prism", kernel, "block-sparse", config.estimator_of(head_dim))
 
 
 def why_dense(
@@ -198,23 +204,36 @@ def prefill(
     scores = Scores(sinks, softcap, window_left)
     check_not_fp8("prefill", k)
     choice = choose(q, k, v, config, scores)
-    lse = mask = None
-    if choice.path == "prism":
-        windowed = scores.windowed(k.shape[2])
-        bands = None if windowed else selection.bands_of(q, config)
-        out, lse, mask = run_sparse(
-            q, k, v, bands, config, scale, causal, choice.reason, scores=scores
-        )
-    elif return_lse or choice.kernel != "sdpa":
-        mask = _full_mask(q, k, config, causal, window_left)
-        out, lse = attend(q, k, v, mask, scale, scores)
-        note_dense(choice.reason, q, k)
-    else:
-        out = run_dense(q, k, v, scale, causal, choice.reason)
-        if return_mask:
-            mask = _full_mask(q, k, config, causal)
+    out, lse, mask = run(q, k, v, choice, config, scale, causal, scores, needs_lse=return_lse)
+    if return_mask and mask is None:
+        mask = _full_mask(q, k, config, causal)
     extras = ([lse] if return_lse else []) + ([mask] if return_mask else [])
     return (out, *extras) if extras else out
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    choice: Dispatch,
+    config: PrismConfig,
+    scale: float | None,
+    causal: bool,
+    scores: Scores,
+    *,
+    needs_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, BlockMask | None]:
+    """What :func:`choose` chose: (out, lse, mask), without lse and mask where torch attends."""
+    if choice.path == "prism":
+        chooses = choice.estimator is not None
+        chooser = selection.chooser_of(q.shape[-1], config) if chooses else None
+        return run_sparse(q, k, v, chooser, config, scale, causal, choice.reason, scores=scores)
+    if not needs_lse and choice.kernel == "sdpa":
+        return run_dense(q, k, v, scale, causal, choice.reason), None, None
+    mask = _full_mask(q, k, config, causal, scores.window_left)
+    out, lse = attend(q, k, v, mask, scale, scores)
+    note_dense(choice.reason, q, k)
+    return out, lse, mask
 
 
 def select_blocks(
@@ -232,7 +251,9 @@ def select_blocks(
     config = config or PrismConfig()
     _ops.load()
     check_not_fp8("select_blocks", k)
-    return selection.estimate(q, k, selection.bands_of(q, config), config, scale, causal)
+    return selection.estimate(
+        q, k, selection.chooser_of(q.shape[-1], config), config, scale, causal
+    )
 
 
 def sparse_attention(
@@ -304,7 +325,7 @@ def run_sparse(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bands: HeadBands | None,
+    chooser: Chooser | None,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
@@ -314,18 +335,20 @@ def run_sparse(
 ) -> tuple[torch.Tensor, torch.Tensor, BlockMask]:
     """Block-sparse attention, recorded: (out, lse, mask).
 
-    bands is None for the grid estimator and for a window that hides keys, which keeps its blocks.
+    chooser is None for a window that hides keys, which keeps its blocks.
     """
     _ops.load()
     q_len, k_len = q.shape[2], k.shape[2]
     recorder = recording.active()
     times: dict[str, float] = {}
-    settings = settings_of_heads(q.shape[1], bands, config)
+    bands = None if isinstance(chooser, str) else chooser
+    # Settings that do not fit the heads are refused where a window needs none, too.
+    settings = settings_of_heads(q.shape[1], chooser or "grid", config)
 
     def select() -> BlockMask:
-        if scores.windowed(k_len):
+        if chooser is None:
             return _full_mask(q, k, config, causal, scores.window_left)
-        return selection.estimate(q, k, bands, config, scale, causal)
+        return selection.estimate(q, k, chooser, config, scale, causal)
 
     if recorder is not None and recorder.times:
         if bands is None:
@@ -364,7 +387,7 @@ def run_sparse(
                 mask.density(),
                 kept_mask,
                 times,
-                None if scores.windowed(k_len) else "grid" if bands is None else "bands",
+                None if chooser is None else estimator_of(chooser),
             )
         )
     return out, lse, mask
@@ -430,9 +453,8 @@ def choose(
     """:func:`dispatch` of these tensors."""
     if v.shape[-1] != q.shape[-1]:
         reason = f"v has head_dim {v.shape[-1]}, q has {q.shape[-1]}"
-        plain = scores.sinks is None and scores.softcap is None and not scores.windowed(k.shape[2])
-        # Torch's attention would leave out the rest.
-        return Dispatch("dense", "sdpa" if plain else f"unsupported: {reason}", reason)
+        by_torch = scores.served_by_torch(k.shape[2])
+        return Dispatch("dense", "sdpa" if by_torch else f"unsupported: {reason}", reason)
     return dispatch(
         q.shape[2],
         k.shape[2],

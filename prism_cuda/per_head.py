@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
 from prism_cuda.bands import Bands
-from prism_cuda.config import PrismConfig
+from prism_cuda.config import Estimator, PrismConfig
 
 # One for all query heads, or one for each.
 HeadBands = Bands | tuple[Bands, ...]
+# What blocks are chosen by.
+Chooser = HeadBands | Literal["grid"]
 # high_ranges and low_ranges (None: the grid), and top_p. Compilers can hash it, unlike Bands.
 Setting = tuple[tuple[tuple[int, ...], tuple[int, ...]] | None, float]
 Selection = tuple[torch.Tensor, torch.Tensor]  # bits, counts
 Select = Callable[[Sequence[int], Sequence[int], Setting], Selection]
 
 
-def settings_of_heads(
-    q_heads: int, bands: HeadBands | None, config: PrismConfig
-) -> tuple[Setting, ...]:
+def estimator_of(chooser: Chooser) -> Estimator:
+    return "grid" if isinstance(chooser, str) else "bands"
+
+
+def settings_of_heads(q_heads: int, chooser: Chooser, config: PrismConfig) -> tuple[Setting, ...]:
     """What the query heads select with: one setting if it is the same for all, or one for each.
 
     Raises:
         ValueError: if bands, top_p or dense_heads do not fit the number of heads.
     """
     top_p = config.top_p_of_heads(q_heads)
-    if not isinstance(bands, tuple) and not isinstance(top_p, tuple):
-        return (_setting(bands, top_p),)
-    of_heads = bands if isinstance(bands, tuple) else (bands,) * q_heads
+    if not isinstance(chooser, tuple) and not isinstance(top_p, tuple):
+        return (_setting(chooser, top_p),)
+    of_heads = chooser if isinstance(chooser, tuple) else (chooser,) * q_heads
     if len(of_heads) != q_heads:
         raise ValueError(
             f"PrismConfig: bands has {len(of_heads)} entries; expected one for all heads or "
@@ -39,8 +44,10 @@ def settings_of_heads(
     return settings[:1] if len(set(settings)) == 1 else settings
 
 
-def _setting(bands: Bands | None, top_p: float) -> Setting:
-    return None if bands is None else (bands.high_ranges, bands.low_ranges), top_p
+def _setting(chooser: Bands | Literal["grid"], top_p: float) -> Setting:
+    if isinstance(chooser, str):
+        return None, top_p
+    return (chooser.high_ranges, chooser.low_ranges), top_p
 
 
 def each_setting(

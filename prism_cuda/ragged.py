@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as IntSequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -13,10 +12,16 @@ from prism_cuda._every_block import every_block
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import PLAIN, Scores
-from prism_cuda.per_head import HeadBands, Selection, Setting, each_setting, settings_of_heads, take
+from prism_cuda.per_head import (
+    Chooser,
+    Selection,
+    Setting,
+    each_setting,
+    estimator_of,
+    settings_of_heads,
+    take,
+)
 
-# The bands that blocks are scored in, or the grid.
-Chooser = HeadBands | Literal["grid"]
 Run = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # out, lse, bits, counts
 
 
@@ -206,7 +211,6 @@ def _estimate(
     Heads are taken as views, never as copies: k may be a whole pool of pages.
     """
     q_heads, kv_heads = q.shape[1], k.shape[-2]
-    bands = None if chooser == "grid" else chooser
 
     def select(heads: IntSequence[int], kv: IntSequence[int], setting: Setting) -> Selection:
         # From the first to the last key head that is read: some may be estimated in vain.
@@ -215,7 +219,7 @@ def _estimate(
         inputs = (q[:, first * group : end * group], k[..., first:end, :], *where.arguments())
         rules = selection.arguments(setting, config)
         sizes = (causal, *config.block_sizes)
-        if bands is None:
+        if isinstance(chooser, str):
             op = torch.ops.prism.estimate_grid_varlen
             bits, counts = _ops.call(op, *inputs, *rules, scale, *sizes)
         else:
@@ -230,7 +234,7 @@ def _estimate(
             f"prefill_varlen: q has {q_heads} heads and k has {kv_heads}; expected a multiple of "
             "k's"
         )
-    settings = settings_of_heads(q_heads, bands, config)
+    settings = settings_of_heads(q_heads, chooser, config)
     return each_setting(select, settings, q_heads, kv_heads)
 
 
@@ -277,7 +281,7 @@ def _record(
                 1.0 if reason else mask.density(),
                 mask if recorder.masks and not reason else None,
                 times,
-                None if reason or chooser is None else "grid" if chooser == "grid" else "bands",
+                None if reason or chooser is None else estimator_of(chooser),
             )
         )
         times = {}

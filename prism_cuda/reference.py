@@ -20,6 +20,11 @@ RMS_EPS = 1e-6
 CELL_TOKENS = 16  # of a cell of the grid, on both sides
 
 
+def estimation_width(head_dim: int) -> int:
+    """Dimensions that the kernels of estimation pad a head to."""
+    return next(width for width in (64, 128, 256) if head_dim <= width)
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -246,9 +251,22 @@ def select_blocks(
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
 
 
+def cell_statistics(k: torch.Tensor) -> torch.Tensor:
+    """Mean and spread of each dimension in every cell of keys: (B, H, ceil(L / 16), 2 D).
+
+    The spread is the standard deviation.
+    """
+    means = block_pool(k, CELL_TOKENS)
+    # Around the mean: less of it cancels than in the mean square minus the squared mean.
+    own_mean = means.repeat_interleave(CELL_TOKENS, 2)[:, :, : k.shape[2]]
+    variance = block_pool((k.to(means.dtype) - own_mean).square(), CELL_TOKENS)
+    return torch.cat([means, variance.sqrt()], -1)
+
+
 def grid_masses(
     q: torch.Tensor,
-    k: torch.Tensor,
+    k_vectors: torch.Tensor,
+    k_len: int,
     scale: float,
     causal: bool,
     q_block_size: int,
@@ -264,37 +282,12 @@ def grid_masses(
     queries that need one block are not outvoted by their neighbours.
 
     Args:
-        q: (B, Hq, q_len, D). k: (B, Hkv, k_len, D). scale: of the softmax.
+        q: (B, Hq, q_len, D). k_vectors: :func:`cell_statistics` of k_len keys. scale: of the
+            softmax.
 
     Returns:
         (B, Hq, Nq, Nk), rows summing to 1; 0 where nothing is visible, NaN where undefined.
     """
-    return _masses_of_cells(
-        q, cell_statistics(k), k.shape[2], scale, causal, q_block_size, k_block_size
-    )
-
-
-def cell_statistics(k: torch.Tensor) -> torch.Tensor:
-    """Mean and spread of each dimension in every cell of keys: (B, H, ceil(L / 16), 2 D).
-
-    The spread is the standard deviation.
-    """
-    means = block_pool(k, CELL_TOKENS)
-    # Around the mean: less of it cancels than in the mean square minus the squared mean.
-    own_mean = means.repeat_interleave(CELL_TOKENS, 2)[:, :, : k.shape[2]]
-    variance = block_pool((k.to(means.dtype) - own_mean).square(), CELL_TOKENS)
-    return torch.cat([means, variance.sqrt()], -1)
-
-
-def _masses_of_cells(
-    q: torch.Tensor,
-    k_vectors: torch.Tensor,
-    k_len: int,
-    scale: float,
-    causal: bool,
-    q_block_size: int,
-    k_block_size: int,
-) -> torch.Tensor:
     kv_heads, q_len = k_vectors.shape[1], q.shape[2]
     q_means = block_pool(q, CELL_TOKENS)
     q_vectors = torch.cat([q_means, q_means.abs()], -1)
@@ -358,14 +351,9 @@ def _select_by_cells(
     visible = visible_blocks(q_len, k_len, causal, *sizes, q.device)
     forced = recent_blocks(q_len, k_len, keep_recent, *sizes, q.device)
     forced[:, :keep_sink] = True
-    masses = _masses_of_cells(q, k_vectors, k_len, scale, causal, *sizes)
+    masses = grid_masses(q, k_vectors, k_len, scale, causal, *sizes)
     kept = top_p_blocks(masses, visible, top_p, keep_above) | (forced & visible)
     return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
-
-
-def cell_width(head_dim: int) -> int:
-    """Dimensions of a mean, or a spread, in the cells of :func:`pool_cells_`."""
-    return 64 if head_dim <= 64 else 128
 
 
 def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, start: int) -> None:
@@ -374,7 +362,7 @@ def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, sta
     Args:
         x: (B, H, L, D), the tokens from position ``start`` on, a multiple of 16. An unfinished cell
             has to be given again, from its beginning, once it has more tokens.
-        cells: float16 (B, H, N, 2 W), W as :func:`cell_width` has it: mean and spread of every
+        cells: float16 (B, H, N, 2 W), W the :func:`estimation_width` of D: mean and spread of every
             cell, zeros behind the D dimensions of each, brought into float16's range by a power of
             two.
         factors: float32 (B, H, N): what a cell is to be multiplied by; NaN where it is not finite.
@@ -382,7 +370,7 @@ def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, sta
     if x.numel() == 0:
         return
     vectors = cell_statistics(x).float()
-    pad = cell_width(x.shape[3]) - x.shape[3]
+    pad = estimation_width(x.shape[3]) - x.shape[3]
     vectors = torch.nn.functional.pad(vectors.unflatten(3, (2, -1)), (0, pad)).flatten(3)
     largest = vectors.abs().amax(-1, keepdim=True)
     finite = largest.isfinite()

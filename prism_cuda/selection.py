@@ -10,6 +10,7 @@ from prism_cuda import _ops
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
 from prism_cuda.per_head import (
+    Chooser,
     HeadBands,
     Selection,
     Setting,
@@ -19,30 +20,30 @@ from prism_cuda.per_head import (
 )
 
 
-def bands_of(q: torch.Tensor, config: PrismConfig) -> HeadBands | None:
-    head_dim = q.shape[-1]
-    return config.resolve_bands(head_dim) if config.estimator_of(head_dim) == "bands" else None
+def chooser_of(head_dim: int, config: PrismConfig, fp8_keys: bool = False) -> Chooser:
+    """What config chooses blocks by, outside a model."""
+    by_grid = config.estimator_of(head_dim, fp8_keys) == "grid"
+    return "grid" if by_grid else config.resolve_bands(head_dim)
 
 
 def estimate(
     q: torch.Tensor,
     k: torch.Tensor,
-    bands: HeadBands | None,
+    chooser: Chooser,
     config: PrismConfig,
     scale: float | None,
     causal: bool,
 ) -> BlockMask:
-    """The block mask by bands, or by the grid where there are none."""
     q_len, k_len = q.shape[2], k.shape[2]
     sizes = config.block_sizes
-    settings = settings_of_heads(q.shape[1], bands, config)
-    if bands is not None and len(settings) > 1:
+    settings = settings_of_heads(q.shape[1], chooser, config)
+    if not isinstance(chooser, str) and len(settings) > 1:
         # The means are the same for every setting.
-        return select_from_means(*pool(q, k, config), q_len, k_len, bands, config, causal)
+        return select_from_means(*pool(q, k, config), q_len, k_len, chooser, config, causal)
 
     def select(heads: Sequence[int], kv_heads: Sequence[int], setting: Setting) -> Selection:
         inputs = (take(q, heads), take(k, kv_heads), *arguments(setting, config))
-        if bands is None:
+        if isinstance(chooser, str):
             return _ops.call(torch.ops.prism.estimate_grid, *inputs, scale, causal, *sizes)
         return _ops.call(torch.ops.prism.estimate_blocks, *inputs, causal, *sizes)
 
@@ -109,7 +110,7 @@ def select_from_cells(
             *config.block_sizes,
         )
 
-    settings = settings_of_heads(q.shape[1], None, config)
+    settings = settings_of_heads(q.shape[1], "grid", config)
     bits, counts = each_setting(select, settings, q.shape[1], k_cells.shape[1])
     return BlockMask(bits, counts, q.shape[2], k_len, *config.block_sizes, True)
 

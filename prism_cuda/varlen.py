@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prism_cuda import _ops, ragged
+from prism_cuda import _ops, ragged, selection
 from prism_cuda.config import PrismConfig
 from prism_cuda.functional import Scores
 from prism_cuda.ragged import Sequences
@@ -168,11 +168,9 @@ def prefill_varlen(
         cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k
     )
     scores = Scores(sinks, softcap, window_left)
-    chooser: ragged.Chooser | None = None
+    chooser = None
     if ragged.selects(where, config, scores):
-        fp8_keys = k.dtype == torch.float8_e4m3fn
-        by_grid = config.estimator_of(q.shape[-1], fp8_keys) == "grid"
-        chooser = "grid" if by_grid else config.resolve_bands(q.shape[-1])
+        chooser = selection.chooser_of(q.shape[-1], config, k.dtype == torch.float8_e4m3fn)
     out, lse, bits, counts = ragged.run(
         q, k, v, where, chooser, config, scale, causal, scores,
         k_scale=k_scale, v_scale=v_scale, exact_mask=return_mask,

@@ -62,10 +62,6 @@ class LayerCall:
         sinks = None if self.sinks is None else self.sinks.float().contiguous()
         return dataclasses.replace(self.scores(), sinks=sinks)
 
-    def windowed(self, k_len: int) -> bool:
-        """Whether the window hides any of the keys."""
-        return self.window is not None and self.window < k_len
-
 
 def attend(
     call: LayerCall,
@@ -83,7 +79,7 @@ def attend(
     """
     q_len, k_len = query.shape[2], key.shape[2]
     needs_scores = call.softcap is not None or call.sinks is not None
-    windowed = call.windowed(k_len)
+    windowed = call.scores().windowed(k_len)
     if mask is None and call.causal and not (needs_scores or windowed):
         return functional.run_dense(
             query, key, value, call.scale, True, reason, call.layer_idx, call.dropout

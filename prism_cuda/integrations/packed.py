@@ -8,8 +8,8 @@ import torch
 
 from prism_cuda import functional, ragged
 from prism_cuda.integrations.dense import LayerCall
-from prism_cuda.integrations.rope import bands_of_layer
-from prism_cuda.integrations.warnings import warn_once
+from prism_cuda.integrations.rope import chooser_of_layer
+from prism_cuda.integrations.warnings import warn_of_dense
 from prism_cuda.ragged import Sequences
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -86,14 +86,15 @@ def _at_once(
     where = Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
     scores = call.kernel_scores()
     head_dim = query.shape[-1]
-    chooser: ragged.Chooser | None = None
+    chooser = None
     selects = not call.dense and ragged.selects(where, call.config, scores)
     if selects and not functional.is_estimated(head_dim, call.config):
-        reason = functional.why_dense(max_q_len, max_k_len, head_dim, call.config, False)
-        warn_once(f"prism: {type(call.module).__name__} runs dense: {reason}.")
+        warn_of_dense(
+            call.module,
+            functional.why_dense(max_q_len, max_k_len, head_dim, call.config, windowed=False),
+        )
     elif selects:
-        by_grid = call.config.estimator_of(head_dim) == "grid"
-        chooser = "grid" if by_grid else bands_of_layer(call.module, head_dim, call.config)
+        chooser = chooser_of_layer(call.module, head_dim, call.config)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out, _, _, _ = ragged.run(
         q,

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from prism_cuda import bands
 from prism_cuda.bands import Bands, Layout
 from prism_cuda.config import PrismConfig
-from prism_cuda.per_head import HeadBands
+from prism_cuda.per_head import Chooser
 
 # Hybrid models whose layers with full attention have no position embedding, by class name.
 ROTATE_WINDOWED_ONLY = ("Cohere2", "Exaone4", "ExaoneMoe", "Flint")
@@ -45,8 +45,10 @@ def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) ->
     return ranges
 
 
-def bands_of_layer(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> HeadBands:
-    """:func:`layer_bands` from what is remembered; for compilers too."""
+def chooser_of_layer(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Chooser:
+    """What blocks of a layer are chosen by, its bands as they are remembered; for compilers too."""
+    if config.estimator_of(head_dim) == "grid":
+        return "grid"
     of_heads = tuple(Bands(*ranges) for ranges in layer_ranges(module, head_dim, config))
     return of_heads if config.bands_per_head() else of_heads[0]
 

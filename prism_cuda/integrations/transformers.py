@@ -19,8 +19,8 @@ from prism_cuda.integrations import dense
 from prism_cuda.integrations.dense import LayerCall
 from prism_cuda.integrations.masks import mask_window, prism_mask, row_spans
 from prism_cuda.integrations.packed import Attend, attend_packed
-from prism_cuda.integrations.rope import bands_of_layer
-from prism_cuda.integrations.warnings import warn_once
+from prism_cuda.integrations.rope import chooser_of_layer
+from prism_cuda.integrations.warnings import warn_of_dense, warn_once
 
 
 def register(config: PrismConfig, name: str) -> None:
@@ -144,14 +144,14 @@ class PrismAttention:
         if reason is not None:
             _warn_of_dense(call, query, key, mask, reason)
             return dense.attend(call, query, key, value, mask, reason)
-        bands = None
-        if choice.estimator == "bands":
-            bands = bands_of_layer(call.module, query.shape[-1], call.config)
+        chooser = None
+        if choice.estimator is not None:
+            chooser = chooser_of_layer(call.module, query.shape[-1], call.config)
         out, _, _ = functional.run_sparse(
             query,
             key,
             value,
-            bands,
+            chooser,
             call.config,
             call.scale,
             True,
@@ -174,7 +174,7 @@ def _warn_of_dense(
     warned_of = mask is not None  # by prism_mask
     long = key.shape[2] >= call.config.dense_below and query.shape[2] > 1
     if long and not (asked_for or warned_of):
-        warn_once(f"prism: {type(call.module).__name__} runs dense: {reason}.")
+        warn_of_dense(call.module, reason)
 
 
 def _attend_padded(

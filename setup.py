@@ -19,9 +19,11 @@ INCLUDE_ROOT = os.path.abspath("csrc")
 EXPORTS = Path("csrc/pybind/exports.map").resolve()
 CXX_FLAGS = [
     *("-std=c++17", "-O2", "-g0", "-Wall", "-Wextra", "-fvisibility=hidden"),
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
     *(f"-isystem{path}" for path in cpp_extension.include_paths()),  # pybind11 is in there too
 ]
+# The ops use nothing newer than torch 2.10's stable ABI. For them alone: the pybind11 headers of
+# some torch versions refuse to be included where this is defined.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -49,7 +51,7 @@ def extensions(with_cuda: bool) -> list[Extension]:
         sources("csrc/torch", ".cpp") + (sources("csrc/kernels", ".cu") if with_cuda else []),
         include_dirs=[INCLUDE_ROOT],
         library_dirs=cpp_extension.library_paths(),
-        extra_compile_args={"cxx": list(CXX_FLAGS), "nvcc": list(NVCC_FLAGS)},
+        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": list(NVCC_FLAGS)},
         # torch is loaded by whoever loads this library, so there is no run path to it.
         extra_link_args=[
             *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),

@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "kernels/attention/dispatch.h"

@@ -9,6 +9,7 @@
 #include <nvtx3/nvToolsExt.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdint>
 #include <initializer_list>
 
 namespace prism {

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <limits>
 
 #include "torch/cuda_context.h"

@@ -1,6 +1,7 @@
 // What the ops that select on the grid share: settings in, outputs and launches.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 #include <tuple>
 

@@ -1,5 +1,7 @@
 #include "torch/key_cells.h"
 
+#include <cstdint>
+
 namespace prism {
 
 namespace {

@@ -1,6 +1,8 @@
 // Pooled cells of keys as tensors: what pool_cells_ writes and select_grid reads.
 #pragma once
 
+#include <cstdint>
+
 #include "torch/checks.h"
 
 namespace prism {

@@ -1,3 +1,5 @@
+#include <cstdint>
+
 #include "torch/checks.h"
 #include "torch/cuda_context.h"
 #include "torch/ops.h"

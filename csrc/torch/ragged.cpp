@@ -1,5 +1,7 @@
 #include "torch/ragged.h"
 
+#include <cstdint>
+
 #include "kernels/attention/dispatch.h"
 #include "torch/cuda_context.h"
 

@@ -1,6 +1,7 @@
 // What the ops for ragged batches share: sequences of different lengths, packed or in pages.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "torch/checks.h"

@@ -1,5 +1,6 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <limits>
 
 #include "kernels/attention/dispatch.h"

@@ -1,6 +1,7 @@
 // What select_blocks and estimate_blocks share: settings in, outputs and kernel parameters out.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "torch/checks.h"

@@ -1,5 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
+
 #include "kernels/attention/dispatch.h"
 #include "torch/checks.h"
 #include "torch/cuda_context.h"

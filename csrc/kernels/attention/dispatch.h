@@ -2,6 +2,8 @@
 // without a GPU.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/params.h"
 
 namespace prism {

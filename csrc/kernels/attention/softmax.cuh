@@ -5,6 +5,8 @@
 
 #include <cute/tensor.hpp>
 
+#include <cstdint>
+
 #include "kernels/params.h"
 
 namespace prism {

@@ -1,6 +1,7 @@
 // The two launches of an estimation, for heads of up to kHeadDim dimensions.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 #include "kernels/describe.h"

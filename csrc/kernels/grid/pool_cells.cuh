@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 
 #include <cfloat>
+#include <cstdint>
 
 #include "kernels/grid/ragged_cells.cuh"
 #include "kernels/grid/workspace.h"

@@ -1,6 +1,8 @@
 // Which tokens a cell of a ragged batch holds, and how they are read.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/grid/workspace.h"
 #include "kernels/pool/load_rows.cuh"
 #include "kernels/select/lengths.cuh"

@@ -1,6 +1,8 @@
 // The tiles of a ragged batch: which query blocks a CTA scores next.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/grid/workspace.h"
 #include "kernels/select/lengths.cuh"
 

@@ -11,6 +11,7 @@
 
 #include <cuda_fp16.h>
 
+#include <cstdint>
 #include <type_traits>
 
 #include "kernels/grid/mass_row.cuh"

@@ -1,5 +1,7 @@
 #include "kernels/pool/append_means.h"
 
+#include <cstdint>
+
 #include "kernels/describe.h"
 #include "kernels/launch.h"
 #include "kernels/pool/load_rows.cuh"

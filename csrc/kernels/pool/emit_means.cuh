@@ -4,6 +4,8 @@
 
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 #include "kernels/select/workspace.h"
 
 namespace prism {

@@ -5,6 +5,8 @@
 
 #include <cuda_fp16.h>
 
+#include <cstdint>
+
 #include "kernels/select/workspace.h"
 
 namespace prism {

@@ -2,6 +2,8 @@
 // memory that each CTA reuses, then groups of warps take whole rows into their registers.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/select/query_rows.cuh"
 #include "kernels/select/warp_row.cuh"
 

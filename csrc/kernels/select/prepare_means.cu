@@ -1,3 +1,5 @@
+#include <cstdint>
+
 #include "kernels/describe.h"
 #include "kernels/launch.h"
 #include "kernels/pool/emit_means.cuh"

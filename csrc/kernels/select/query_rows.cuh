@@ -2,6 +2,8 @@
 // a key mean read from memory serves all of them.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/pool/emit_means.cuh"
 #include "kernels/select/key_stream.cuh"
 #include "kernels/select/row_range.cuh"

@@ -1,6 +1,8 @@
 // What a query block may see, and what it always keeps.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/select/lengths.cuh"
 
 namespace prism {

@@ -2,6 +2,8 @@
 // takes whole rows into its registers, and the search needs no barrier.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/select/query_rows.cuh"
 #include "kernels/select/warp_row.cuh"
 

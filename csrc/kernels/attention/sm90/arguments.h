@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <cstdint>
+
 #include "kernels/params.h"
 
 namespace prism::sm90 {

@@ -5,6 +5,7 @@
 #include <cutlass/numeric_types.h>
 #include <cute/tensor.hpp>
 
+#include <cstdint>
 #include <cute/atom/mma_atom.hpp>  // needs tensor.hpp before it
 #include <type_traits>
 

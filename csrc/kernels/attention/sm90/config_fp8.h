@@ -1,6 +1,8 @@
 // The shared-memory plan of the Hopper attention kernel for float8 e4m3 keys and values.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/attention/sm90/config.h"
 
 namespace prism::sm90 {

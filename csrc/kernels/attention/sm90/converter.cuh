@@ -3,6 +3,8 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include <cstdint>
+
 #include "kernels/attention/fp8.cuh"
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config_fp8.h"

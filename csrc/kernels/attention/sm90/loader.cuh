@@ -2,6 +2,8 @@
 // waits behind a stage that the other may fill already.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/sm90/mask_row.cuh"

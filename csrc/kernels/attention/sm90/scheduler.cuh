@@ -1,6 +1,8 @@
 // The scheduler warp: draws tiles and describes them to the other warps, ahead of their work.
 #pragma once
 
+#include <cstdint>
+
 #include "kernels/attention/sm90/arguments.h"
 #include "kernels/attention/sm90/config.h"
 #include "kernels/attention/sm90/mask_row.cuh"

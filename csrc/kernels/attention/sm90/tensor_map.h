@@ -20,6 +20,8 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "kernels/attention/sparse_attention.h"
 #include "kernels/params.h"
 

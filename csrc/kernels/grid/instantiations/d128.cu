@@ -1,3 +1,5 @@
+#include <cstdint>
+
 #include "kernels/grid/launch_grid.cuh"
 
 namespace prism {

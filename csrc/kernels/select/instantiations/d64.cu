@@ -1,3 +1,5 @@
+#include <cstdint>
+
 #include "kernels/select/launch_select.cuh"
 
 namespace prism {

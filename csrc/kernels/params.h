@@ -175,6 +175,8 @@ struct SparseAttentionParams {
   const uint32_t* bits;          // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
   const int32_t* counts;         // (batch, q_heads, q_blocks), contiguous; set bits of each row
   int32_t* tile_counter;  // workspace of one element, for kernels that draw their tiles from it
+  bool tile_counter_is_zero = false;  // already; otherwise the launch sees to it
+  bool overlaps = false;              // see launch.h
   int64_t batch;
   int q_heads;
   int kv_heads;

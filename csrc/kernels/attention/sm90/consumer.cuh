@@ -29,6 +29,13 @@ __device__ __forceinline__ void issue_gemm(Mma& mma, A const& a, B const& b, C& 
   warpgroup_commit_batch();
 }
 
+// Named barriers, each with one of either consumer warpgroup behind it. CUTLASS adds what it keeps
+// to itself, among them that of __syncthreads.
+enum Barrier : uint32_t {
+  kTurnBarrier = 1,                      // the warpgroup may use the tensor cores
+  kWarpgroupBarrier = kTurnBarrier + 2,  // all of its threads are there
+};
+
 // Q K^T of the next key tile is in flight while the softmax of this one is computed, across query
 // tiles as well: the first Q K^T of a tile is issued with the last P V of the one before it.
 // Between the two warpgroups a pair of named barriers lets one compute its softmax while the other
@@ -61,17 +68,17 @@ struct Consumer {
 
   __device__ void turn_wait() const {
     if constexpr (Config::kTakeTurns) {
-      cutlass::arch::NamedBarrier::sync(Config::kConsumerThreads, 1 + warpgroup);
+      cutlass::arch::NamedBarrier::sync(Config::kConsumerThreads, kTurnBarrier + warpgroup);
     }
   }
   __device__ void turn_pass() const {
     if constexpr (Config::kTakeTurns) {
-      cutlass::arch::NamedBarrier::arrive(Config::kConsumerThreads, 1 + (warpgroup ^ 1));
+      cutlass::arch::NamedBarrier::arrive(Config::kConsumerThreads, kTurnBarrier + (warpgroup ^ 1));
     }
   }
   // The consumers of one warpgroup only. The barrier's number is not worth a register either.
   __device__ void warpgroup_sync() const {
-    cutlass::arch::NamedBarrier::sync(128, 3 + thread() / 128);
+    cutlass::arch::NamedBarrier::sync(128, kWarpgroupBarrier + thread() / 128);
   }
   __device__ Ring<Config::kStagesK> key_ring() const { return {key_tile}; }
   __device__ Ring<Config::kStagesV> value_ring() const { return {key_tile - 1}; }
@@ -127,45 +134,71 @@ struct Consumer {
     }
   }
 
-  template <typename Scores>
-  __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
-    constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
+  // Which columns of a box of keys, beginning at key `first` of it, a thread's rows may see; the
+  // thread's own first column is 0.
+  struct VisibleColumns {
+    int last[kRows];
+    int first[Config::kScoreOptions ? kRows : 0];
+  };
+  __device__ __forceinline__ VisibleColumns visible_columns(int box, int first) const {
     const int thread = this->thread();
-    int last_key[kRows];
+    if constexpr (Config::kScoreOptions) {
+      first += tile().template first_key<Config>(box);
+    } else {
+      first += tile().template first_key<Config::kBoxN>(box);
+    }
+    first += thread % 4 * 2;
+    VisibleColumns visible;
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      last_key[row] = tile().last_key(row_in_tile(thread) + row * 8) - thread % 4 * 2;
-    }
-#pragma unroll
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      int first_key;
+      const int row_in_tile = this->row_in_tile(thread) + row * 8;
+      visible.last[row] = tile().last_key(row_in_tile) - first;
       if constexpr (Config::kScoreOptions) {
-        first_key = tile().template first_key<Config>(trip * Config::kBoxes + box);
-      } else {
-        first_key = tile().template first_key<Config::kBoxN>(trip * Config::kBoxes + box);
+        visible.first[row] = tile().first_visible(row_in_tile) - first;
       }
+    }
+    return visible;
+  }
+  // The same of one half of a key tile: a box, or half of one.
+  __device__ __forceinline__ VisibleColumns visible_columns_of_half(int trip, int half) const {
+    return Config::kBoxes == 2 ? visible_columns(trip * 2 + half, 0)
+                               : visible_columns(trip, half * Config::kTileN / 2);
+  }
+
+  // Masks kColumns of a thread's columns, beginning with `begin`.
+  template <int kColumns, typename Scores>
+  __device__ __forceinline__ static void mask_columns(Scores& scores, int begin,
+                                                      const VisibleColumns& visible) {
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const int last_column = last_key[row] - first_key;
+    for (int row = 0; row < kRows; ++row) {
 #pragma unroll
-        for (int column = 0; column < kBoxColumns; ++column) {
-          if (column / 2 * 8 + column % 2 > last_column) {
-            scores(row, box * kBoxColumns + column) = -INFINITY;
-          }
+      for (int i = 0; i < kColumns; ++i) {
+        if (i / 2 * 8 + i % 2 > visible.last[row]) {
+          scores(row, begin + i) = -INFINITY;
         }
-        if constexpr (Config::kScoreOptions) {
-          const int first_column =
-              tile().first_visible(row_in_tile(thread) + row * 8) - thread % 4 * 2 - first_key;
+      }
+      if constexpr (Config::kScoreOptions) {
 #pragma unroll
-          for (int column = 0; column < kBoxColumns; ++column) {
-            if (column / 2 * 8 + column % 2 < first_column) {
-              scores(row, box * kBoxColumns + column) = -INFINITY;
-            }
+        for (int i = 0; i < kColumns; ++i) {
+          if (i / 2 * 8 + i % 2 < visible.first[row]) {
+            scores(row, begin + i) = -INFINITY;
           }
         }
       }
     }
   }
+
+  template <typename Scores>
+  __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
+    constexpr int kColumns = Config::kBoxN / 4;
+#pragma unroll
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      mask_columns<kColumns>(scores, box * kColumns,
+                             visible_columns(trip * Config::kBoxes + box, 0));
+    }
+  }
+
+  __device__ __forceinline__ void run_by_halves();  // halves.cuh
 
   __device__ __forceinline__ void run() {
     typename Config::TiledMmaQK mma_qk;

@@ -9,6 +9,7 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -19,11 +20,13 @@
 #include "kernels/attention/sm90/config_fp8.h"
 #include "kernels/attention/sm90/consumer.cuh"
 #include "kernels/attention/sm90/converter.cuh"
+#include "kernels/attention/sm90/halves.cuh"
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/attention/sm90/loader.cuh"
 #include "kernels/attention/sm90/scheduler.cuh"
 #include "kernels/attention/sm90/tensor_map.h"
 #include "kernels/describe.h"
+#include "kernels/launch.h"
 
 namespace prism::sm90 {
 
@@ -79,6 +82,7 @@ __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
     }
     cutlass::arch::fence_barrier_init();
   }
+  wait_for_producer();  // of the mask, and of whatever the memory of the output held before
   __syncthreads();
   // Uniform in a warp, and the compiler is told so.
   const auto role =
@@ -101,7 +105,12 @@ __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     const int warpgroup = static_cast<int>(role) - static_cast<int>(WarpgroupRole::kConsumer0);
-    Consumer<Config>(arguments, storage, warpgroup).run();
+    Consumer<Config> consumer(arguments, storage, warpgroup);
+    if constexpr (Config::kByHalves) {
+      consumer.run_by_halves();
+    } else {
+      consumer.run();
+    }
   }
 }
 
@@ -189,37 +198,73 @@ cudaError_t prepare(const SparseAttentionParams& params, int l2_bytes, KernelArg
   return error;
 }
 
+struct DeviceTraits {
+  int device;
+  int multiprocessors;
+  int l2_bytes;
+};
+
+// Of the current device; asked for once a thread and device.
+inline cudaError_t current_device(DeviceTraits& traits) {
+  thread_local DeviceTraits known{-1, 0, 0};
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device != known.device) {
+    DeviceTraits found{device, 0, 0};
+    error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&found.l2_bytes, cudaDevAttrL2CacheSize, device);
+    }
+    if (error == cudaSuccess) {
+      known = found;
+    }
+  }
+  traits = known;
+  return error;
+}
+
+// Lets the kernel have its shared memory. The attribute belongs to the device.
+template <typename Config>
+cudaError_t allow_shared_memory(int device) {
+  static std::atomic<uint64_t> allowed{0};  // a bit for each of the first 64 devices
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((allowed.load(std::memory_order_relaxed) & bit) != 0) {
+    return cudaSuccess;
+  }
+  const cudaError_t error =
+      cudaFuncSetAttribute(sparse_attention_kernel<Config>,
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSmemBytes);
+  if (error == cudaSuccess) {
+    allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
+  return error;
+}
+
 template <typename Config>
 cudaError_t launch_config(const SparseAttentionParams& params, cudaStream_t stream) {
-  int device = 0;
-  int multiprocessors = 0;
-  int l2_bytes = 0;
-  const auto kernel = sparse_attention_kernel<Config>;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&l2_bytes, cudaDevAttrL2CacheSize, device);
-  }
+  DeviceTraits device;
   KernelArguments arguments;
+  cudaError_t error = current_device(device);
   if (error == cudaSuccess) {
-    error = prepare<Config>(params, l2_bytes, arguments);
+    error = prepare<Config>(params, device.l2_bytes, arguments);
   }
   if (error == cudaSuccess) {
-    // Set at every launch: the attribute belongs to the device, not to the process.
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 Config::kSmemBytes);
-  }
-  if (error == cudaSuccess) {
-    error = cudaMemsetAsync(params.tile_counter, 0, sizeof(int32_t), stream);
+    error = allow_shared_memory<Config>(device.device);
   }
   if (error != cudaSuccess) {
     return error;
   }
-  const int grid = std::min(multiprocessors, arguments.tiles);
-  kernel<<<grid, Config::kThreads, Config::kSmemBytes, stream>>>(arguments);
-  return cudaGetLastError();
+  const int grid = std::min(device.multiprocessors, arguments.tiles);
+  if (grid == arguments.tiles) {
+    arguments.params.tile_counter = nullptr;  // every CTA has its one tile
+  } else if (!params.tile_counter_is_zero) {
+    error = cudaMemsetAsync(params.tile_counter, 0, sizeof(int32_t), stream);
+    if (error != cudaSuccess) {
+      return error;
+    }
+  }
+  const LaunchShape shape{grid, Config::kThreads, Config::kSmemBytes, params.overlaps};
+  return launch_kernel(sparse_attention_kernel<Config>, shape, stream, arguments);
 }
 
 template <typename Config>

@@ -32,12 +32,12 @@ struct Scheduler {
         finder(arguments.params, arguments.kv_section) {}
 
   __device__ void run() {
-    // The first tile is the CTA's own index, the others are drawn.
+    // The first tile is the CTA's own index, the others are drawn, if there are any.
     int index = static_cast<int>(blockIdx.x);
     Tile tile;
     while (index < arguments.tiles && finder.find(index, tile)) {
-      int drawn = 0;
-      if (threadIdx.x % 32 == 0) {
+      int drawn = arguments.tiles - static_cast<int>(gridDim.x);  // there is no such tile
+      if (params.tile_counter != nullptr && threadIdx.x % 32 == 0) {
         drawn = atomicAdd(params.tile_counter, 1);
       }
       publish(describe(tile));

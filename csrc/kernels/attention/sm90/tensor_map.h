@@ -15,8 +15,6 @@
 // offset + i, plus 2^30 * 2^34 bytes, which 64-bit addresses do not see.
 #pragma once
 
-#include <cutlass/cuda_host_adapter.hpp>
-
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
@@ -36,6 +34,28 @@ struct MapShape {
   int64_t batch;  // unused if ragged
   bool ragged;
 };
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, which is not linked to; null: there is no driver that has it. Looked up
+// once, since a look-up takes longer than making a map.
+inline EncodeTiled find_encode_tiled() {
+  static const EncodeTiled encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    constexpr unsigned kSinceCuda = 12000;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &function, kSinceCuda, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return found ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return encode;
+}
 
 // Rows of 64 16-bit elements are swizzled, those of fp8 are plain and of any length.
 inline cudaError_t encode_tensor_map(CUtensorMap& map, const TensorView& x, DType dtype,
@@ -63,7 +83,11 @@ inline cudaError_t encode_tensor_map(CUtensorMap& map, const TensorView& x, DTyp
   const CUtensorMapDataType type = fp8                        ? CU_TENSOR_MAP_DATA_TYPE_UINT8
                                    : dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                               : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUresult result = CUTLASS_CUDA_DRIVER_WRAPPER_CALL(cuTensorMapEncodeTiled)(
+  const EncodeTiled encode = find_encode_tiled();
+  if (encode == nullptr) {
+    return cudaErrorInsufficientDriver;
+  }
+  const CUresult result = encode(
       &map, type, 5u, x.data, &sizes[0], &strides[0], &box[0], &steps[0],
       CU_TENSOR_MAP_INTERLEAVE_NONE, fp8 ? CU_TENSOR_MAP_SWIZZLE_NONE : CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);

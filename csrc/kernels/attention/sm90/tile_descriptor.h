@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels/attention/dispatch.h"
+
 namespace prism::sm90 {
 
 // A power of two in size: registers for its address are scarce. Coordinates: tensor_map.h.
@@ -43,13 +45,13 @@ struct alignas(64) TileDescriptor {
     return (padding_boxes + __popc(masked_boxes) + kBoxes - 1) / kBoxes;
   }
 
-  // First key of a box, or what masks like it: past every possible key for padding (lengths end
-  // there, see checks.cpp), and 0 for a box without a mask, whose rows see more than its width.
+  // First key of a box, or what masks like it: past every possible key for padding, and 0 for a box
+  // without a mask, whose rows see more than its width.
   template <int kBoxN>
   __device__ int first_key(int box) const {
     box -= padding_boxes;
     if (box < 0) {
-      return 2147483391;
+      return kMaxLength;
     }
     uint32_t left = masked_boxes;
     for (int i = 0; i < box; ++i) {

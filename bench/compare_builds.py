@@ -49,7 +49,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             generator = torch.Generator("cuda").manual_seed(0)
             kept = torch.rand(1, 32, rows, columns, device="cuda", generator=generator) < density
             last = torch.arange(rows, device="cuda") * 2
-            kept[:, :, torch.arange(rows), last] = True
+            kept[:, :, torch.arange(rows, device="cuda"), last] = True
             kept[..., 0] = True
             mask = prism_cuda.BlockMask.from_dense(
                 kept, length, length, q_block_size=128, k_block_size=64

@@ -33,7 +33,7 @@ from timing import measure
 from torch import Tensor
 
 from prism_cuda import reference  # registers the ops too
-from prism_cuda.chunked import running_sums
+from prism_cuda.estimators.bands import running_sums
 from prism_cuda.config import MAX_HEAD_DIM
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]

@@ -27,7 +27,7 @@ from timing import measure, measure_once_if_long
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from prism_cuda._bits import unpack  # registers the ops too
+from prism_cuda.bits import unpack  # registers the ops too
 
 COLUMNS = ["L", "distribution", "kept_density", "impl", "mode", "ms", "speedup", "error"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]

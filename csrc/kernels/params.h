@@ -85,6 +85,65 @@ struct RaggedBatch {
   PRISM_HOST_DEVICE int page_size() const { return 1 << page_shift; }
 };
 
+// Heads that may have rules of their own, in one call.
+constexpr int kMaxRuleHeads = 128;
+
+// What a row of query blocks keeps of the key blocks that it sees.
+struct KeepRules {
+  bool per_head = false;             // else entry 0 is that of all heads
+  double top_p[kMaxRuleHeads];       // (q_heads) or (1), in [0, 1]
+  double keep_above[kMaxRuleHeads];  // (q_heads) or (1), in (0, 1], or infinite: the rule is off
+  int64_t keep_sink = 1;
+  int64_t keep_recent = 1;
+
+  PRISM_HOST_DEVICE double top_p_of(int q_head) const { return top_p[per_head ? q_head : 0]; }
+  PRISM_HOST_DEVICE double keep_above_of(int q_head) const {
+    return keep_above[per_head ? q_head : 0];
+  }
+  // Whether some of the heads from `first` on keep less than everything.
+  PRISM_HOST_DEVICE bool any_selects(int first, int heads) const {
+    bool any = false;
+    for (int i = 0; i < (per_head ? heads : 1); ++i) {
+      any |= top_p_of(first + i) < 1.0;
+    }
+    return any;
+  }
+};
+
+// Shape, rules and outputs of a selection.
+struct SelectParams {
+  void* workspace;  // of the estimator's ..._workspace_bytes, 128-byte aligned
+  uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  int32_t* counts;  // (batch, q_heads, q_blocks), contiguous
+  int64_t batch;
+  int q_heads;
+  int kv_heads;
+  int64_t q_len;  // tokens; of a ragged batch the most that a sequence has
+  int64_t k_len;  // tokens; of a ragged batch the most that a sequence has
+  int64_t q_blocks;
+  int64_t k_blocks;
+  int head_dim;
+  int q_block_size;  // tokens
+  int k_block_size;  // tokens
+  KeepRules rules;
+  bool causal;         // bottom-right aligned
+  RaggedBatch ragged;  // rows and words past a sequence's end become 0
+};
+
+// Selection from the block means of two RoPE bands, see kernels/bands. Of a ragged batch, q and k
+// are laid out as for attention.
+struct BandsParams {
+  TensorView q;        // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;        // (batch, kv_heads, k_len, head_dim), dtype or e4m3; data null: k_means
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float: k, pooled before
+  SelectParams select;
+  Band high;
+  Band low;
+  DType dtype;
+  bool k_is_fp8 = false;           // k is float8 e4m3
+  const float* k_scale = nullptr;  // (kv_heads): what the means of k are multiplied by; null: 1
+};
+
 struct SelectBlocksParams {
   TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
   TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
@@ -151,6 +210,25 @@ struct PoolCellsParams {
   int64_t length;  // tokens
   int head_dim;    // up to 128
   DType dtype;
+};
+
+// Selection from the masses of a grid of cells, see kernels/grid. Ragged as in BandsParams.
+struct GridParams {
+  TensorView q;       // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;       // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
+  CellStats k_cells;  // pooled before; null: k is pooled in the call
+  SelectParams select;
+  float scale;  // softmax scale, > 0
+  DType dtype;
+};
+
+// Every block that some row of a query block sees, estimated by nothing. The workspace, head_dim
+// and rules of `select` are not read.
+struct KeepBlocksParams {
+  SelectParams select;
+  int window_left = -1;     // keys before its own position that a row sees; -1: all
+  int64_t dense_below = 0;  // tokens, see launch_keep_blocks
+  bool all = true;          // of all sequences; else of short ones, and the others are left alone
 };
 
 // Selection from the masses of a grid of cells, see kernels/grid. Ragged as in EstimatePoolParams.

@@ -35,7 +35,7 @@ class MassRow {
   // Otherwise nothing is known about the row.
   __device__ bool finite() const { return isfinite(total_) && total_ > 0.f; }
 
-  __device__ MassCut cut(const KeepRules& rules) const {
+  __device__ MassCut cut(const RowRules& rules) const {
     MassCut result = {INFINITY, kAllTies};
     if (rules.target > 0) {
       result = search(rules);
@@ -65,7 +65,7 @@ class MassRow {
   // Keep block i, in descending order of mass (ties: lower index first), while the sum before it is
   // under top_p of the total. With G(t) the sum of the masses above t, the lowest kept mass lies in
   // (low, high] where G(low) >= target > G(high).
-  __device__ MassCut search(const KeepRules& rules) const {
+  __device__ MassCut search(const RowRules& rules) const {
     const uint32_t target = rules.target;
     // Masses up to here cannot make up what the target leaves, even with all sums rounded.
     const float floor =

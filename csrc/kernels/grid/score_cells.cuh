@@ -483,7 +483,7 @@ class GridCta {
       const MassRow row(masses, range.visible);
       keep_all = !row.finite();
       if (!keep_all) {
-        cut = row.cut(KeepRules(select));
+        cut = row.cut(RowRules(select));
       }
     }
     write_row((q_head(unit) * select.q_blocks + q_block), range, keep_all, cut, masses);

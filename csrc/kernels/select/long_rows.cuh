@@ -28,7 +28,7 @@ struct LongRowsShape {
     typename Stream::Buffer keys;
     QueryRows<kHeadDim, kRowTiles, kThreads> rows;
     typename WarpGroup<kWarps>::Slots slots;
-    KeepRules rules;  // registers are for weights
+    RowRules rules;  // registers are for weights
     int has_tile;
   };
 
@@ -46,7 +46,7 @@ class LongRows {
   __device__ LongRows(const SelectBlocksParams& params, Storage& shared)
       : params_(params), shared_(shared), rows_(shared.rows) {
     if (threadIdx.x == 0) {
-      shared.rules = KeepRules(params);
+      shared.rules = RowRules(params);
     }
   }
 

@@ -150,7 +150,7 @@ class ShortRows {
   }
 
   __device__ void select_rows(int band) {
-    const KeepRules rules(params_);
+    const RowRules rules(params_);
 #pragma unroll 1
     for (int row = warp(); row < rows_.tile.rows; row += Shape::kWarps) {
       const int visible = rows_.range[row].visible;
@@ -165,7 +165,7 @@ class ShortRows {
 
   template <int kValues>
   __device__ static uint32_t select_values(const float* scores, int visible, float scale,
-                                           const KeepRules& rules) {
+                                           const RowRules& rules) {
     OneWarp team;
     uint32_t words[1];
     scores += lane();
@@ -176,7 +176,7 @@ class ShortRows {
 
   // Unrolled for several lengths: rows below the diagonal differ in theirs.
   __device__ static uint32_t select(const float* scores, int visible, float scale,
-                                    const KeepRules& rules) {
+                                    const RowRules& rules) {
     if constexpr (Shape::kWords <= 8) {
       if (visible <= 2 * 32) {
         return select_values<2>(scores, visible, scale, rules);

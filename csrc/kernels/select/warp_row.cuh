@@ -16,12 +16,12 @@ namespace prism {
 constexpr float kProbabilityOne = 0x1p31f;
 
 // What a band keeps.
-struct KeepRules {
+struct RowRules {
   uint32_t target;   // top_p in units of 2^-31; 0: off
   float top_p;       // in [0, 1)
   float keep_above;  // infinite: off
 
-  __device__ explicit KeepRules(const SelectBlocksParams& params) {
+  __device__ explicit RowRules(const SelectBlocksParams& params) {
     // However small top_p is, the largest weight is kept: nothing comes before it.
     target = params.top_p == 0.0 ? 0u : max(__double2uint_rn(params.top_p * kProbabilityOne), 1u);
     top_p = static_cast<float>(params.top_p);
@@ -40,7 +40,7 @@ class WarpRow {
   // first `part` keys (none if negative), `visible` in all parts.
   template <typename Load>
   __device__ static void select(Load load, int part, int visible, float scale,
-                                const KeepRules& rules, Team& team, uint32_t (&words)[kWords]) {
+                                const RowRules& rules, Team& team, uint32_t (&words)[kWords]) {
     WarpRow row(team);
     row.load(load, part);
     if (!row.weigh(scale)) {
@@ -113,7 +113,7 @@ class WarpRow {
   // Keep block i, in descending order of weight (ties: lower index first), while the sum before it
   // is under top_p of the total. With G(t) the sum of the weights above t, the lowest kept weight
   // lies in (low, high] where G(low) >= target > G(high).
-  __device__ Cut search(const KeepRules& rules, int visible) const {
+  __device__ Cut search(const RowRules& rules, int visible) const {
     const uint32_t target = rules.target;
     // Weights up to here cannot make up what the target leaves, even with all sums rounded.
     const float floor = ((1.f - rules.top_p) * 0.999f - 2e-6f) * total_ *

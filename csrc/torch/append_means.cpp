@@ -1,36 +1,34 @@
 #include <cstdint>
 
-#include "torch/checks.h"
 #include "torch/cuda_context.h"
 #include "torch/ops.h"
-#include "torch/reference.h"
 
 #ifdef PRISM_WITH_CUDA
-#include "kernels/pool/append_means.h"
+#include "kernels/bands/append_means.h"
 #endif
 
 namespace prism {
 
 namespace {
 
-constexpr const char* kOp = "pool_append_";
+constexpr const char* kOp = "append_means_";
 
 // Float32, contiguous, and like x but for the number of rows a head.
 void check_state(const char* name, const Tensor& state, const Tensor& x) {
   check_same_device(kOp, name, state, "x", x);
-  PRISM_CHECK(state.scalar_type() == ScalarType::Float, kOp, name, " has dtype ",
-              torch::headeronly::toString(state.scalar_type()), "; expected Float (float32)");
+  check_dtype(kOp, name, state, ScalarType::Float, "Float (float32)");
   PRISM_CHECK(state.dim() == 4 && state.size(0) == x.size(0) && state.size(1) == x.size(1) &&
                   state.size(3) == x.size(3),
               kOp, name, " has shape ", shape_string(state), "; expected (", x.size(0), ", ",
               x.size(1), ", rows, ", x.size(3), "), the batch, heads and head_dim of x");
-  PRISM_CHECK(state.is_contiguous(), kOp, name, " is not contiguous; expected contiguous");
+  check_contiguous(kOp, name, state);
 }
 
 }  // namespace
 
-void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int64_t block_size,
-                  const std::optional<Tensor>& scale) {
+AppendMeansCall check_append_means(const Tensor& x, const Tensor& means, const Tensor& sums,
+                                   int64_t start, int64_t block_size,
+                                   const std::optional<Tensor>& scale) {
   check_activation(kOp, "x", x, Fp8::kAllowed);
   check_state("means", means, x);
   check_state("sums", sums, x);
@@ -45,30 +43,29 @@ void pool_append_(const Tensor& x, Tensor means, Tensor sums, int64_t start, int
               " (16 up to 64, 8 up to 128, 4 up to 256)");
   PRISM_CHECK(means.data_ptr() != sums.data_ptr() || means.numel() == 0, kOp,
               "means and sums are the same memory; expected two tensors");
-  if (x.is_cpu()) {
-    call_reference<0>(kOp, x, means, sums, start, block_size, scale);
-    return;
-  }
+  return {kOp, x, means, sums, start, block_size, scale};
+}
+
 #ifdef PRISM_WITH_CUDA
+void run(const AppendMeansCall& call) {
+  const Tensor& x = call.on;
   const CudaContext context(kOp, x);
-  const NvtxRange range("prism.pool_append");
+  const NvtxRange range("prism.append_means");
   AppendMeansParams params;
   params.x = view(x);
-  params.means = static_cast<float*>(means.data_ptr());
-  params.sums = static_cast<float*>(sums.data_ptr());
+  params.means = static_cast<float*>(call.means.data_ptr());
+  params.sums = static_cast<float*>(call.sums.data_ptr());
   params.batch = x.size(0);
   params.heads = x.size(1);
-  params.start = start;
+  params.start = call.start;
   params.length = x.size(2);
-  params.capacity = means.size(2);
+  params.capacity = call.means.size(2);
   params.head_dim = static_cast<int>(x.size(3));
-  params.block_size = static_cast<int>(block_size);
+  params.block_size = static_cast<int>(call.block_size);
   params.dtype = kernel_dtype(x);
-  params.scale = scale ? static_cast<const float*>(scale->data_ptr()) : nullptr;
+  params.scale = float_data(call.scale);
   context.check(launch_append_means(params, context.stream()));
-#else
-  fail_without_cuda(kOp);
-#endif
 }
+#endif
 
 }  // namespace prism

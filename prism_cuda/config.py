@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 
@@ -98,6 +98,8 @@ class PrismConfig:
     dense_layers: int | Iterable[int] = 0
     layers: Mapping[int, Mapping[str, Any]] | Sequence = ()
 
+    _hash: ClassVar[int]
+
     def __post_init__(self) -> None:
         for name, (convert, allowed) in _FIELDS.items():
             value = getattr(self, name)
@@ -138,12 +140,12 @@ class PrismConfig:
         return twin
 
     def __hash__(self) -> int:
-        # Computed once: every call looks settings up by their config.
-        known = self.__dict__.get("_hash")
-        if known is None:
+        try:
+            return self._hash
+        except AttributeError:  # computed once: every call looks things up by its config
             known = hash(tuple(getattr(self, name) for name in _FIELDS))
             object.__setattr__(self, "_hash", known)
-        return known
+            return known
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process hashes strings otherwise.

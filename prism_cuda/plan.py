@@ -72,11 +72,12 @@ def plan(
         q_len, k_len = q.shape[2], k.shape[2]
     else:
         q_len, k_len = batch.max_seqlen_q, batch.max_seqlen_k
-    return _by_size(
+    windowed = options.window_left is not None and options.windowed(k_len)
+    return _decide(
         config,
-        q_len,
-        k_len,
-        options,
+        size_of(q_len, k_len, config, windowed),
+        windowed,
+        windowed or options.softcap is not None,
         needs_lse or options.sinks is not None,
         q.shape[1],
         q.shape[-1],
@@ -84,7 +85,7 @@ def plan(
         q.dtype,
         q.device,
         batch is not None,
-        k.dtype == FP8,
+        k.dtype is FP8,
     )
 
 
@@ -99,8 +100,20 @@ def plan_of_shape(
     sinks: bool,
 ) -> Plan:
     """The plan of a call before there are tensors, of heads in any number."""
-    return _by_size(
-        config, q_len, k_len, options, sinks, None, head_dim, head_dim, dtype, device, False, False
+    windowed = options.windowed(k_len)
+    return _decide(
+        config,
+        size_of(q_len, k_len, config, windowed),
+        windowed,
+        windowed or options.softcap is not None,
+        sinks,
+        None,
+        head_dim,
+        head_dim,
+        dtype,
+        device,
+        False,
+        False,
     )
 
 
@@ -112,7 +125,8 @@ def dense(plan: Plan, reason: str, kernel: str | None = None) -> Plan:
 def size_of(q_len: int, k_len: int, config: PrismConfig, windowed: bool) -> Size:
     if q_len == 1:
         return "one query"
-    if q_len < config.block_sizes[0]:
+    block_size = config.block_size
+    if q_len < (block_size if isinstance(block_size, int) else block_size[0]):
         return "few queries"
     if k_len < config.dense_below:
         return "few keys"
@@ -144,11 +158,12 @@ def why_not_estimated(head_dim: int, config: PrismConfig) -> str | None:
     )
 
 
-def _by_size(
+@remembered
+def _decide(
     config: PrismConfig,
-    q_len: int,
-    k_len: int,
-    options: ScoreOptions,
+    size: Size,
+    windowed: bool,
+    changed: bool,
     beyond_torch: bool,
     q_heads: int | None,
     head_dim: int,
@@ -158,32 +173,14 @@ def _by_size(
     ragged: bool,
     fp8_keys: bool,
 ) -> Plan:
-    windowed = options.window_left is not None and options.windowed(k_len)
-    size = size_of(q_len, k_len, config, windowed)
-    changed = windowed or options.softcap is not None  # scores, for which kernels differ
-    by_torch = not (beyond_torch or changed or ragged)
-    return _decide(
-        config, size, windowed, changed, by_torch, q_heads, head_dim, v_dim, dtype, device, ragged,
-        fp8_keys,
-    )  # fmt: skip
+    """Every rule there is. Lengths are no arguments, so that graphs are not made for each.
 
-
-@remembered
-def _decide(
-    config: PrismConfig,
-    size: Size,
-    windowed: bool,
-    changed: bool,
-    by_torch: bool,
-    q_heads: int | None,
-    head_dim: int,
-    v_dim: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ragged: bool,
-    fp8_keys: bool,
-) -> Plan:
-    """Every rule there is. Lengths are no arguments, so that graphs are not made for each."""
+    Args:
+        changed: whether a cap or a window changes scores, for which kernels differ.
+        beyond_torch: whether anything else is asked for that torch's attention does not do.
+        q_heads: None where it is not known.
+    """
+    by_torch = not (changed or beyond_torch or ragged)
     estimator = config.estimator_of(head_dim, fp8_keys)
     if ragged or why_not_estimated(head_dim, config) is None:
         chosen_by: str | None = estimator
@@ -263,54 +260,72 @@ def check(
         ValueError: if k or v is float8, whose scales there is no place for.
         RuntimeError: as the ops do, naming the argument, what it is and what is allowed.
     """
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-    if not (len(q_shape) == len(k_shape) == len(v_shape) == 4):
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.dim() != 4:
-                _refuse(
-                    function, f"{name} has shape {tuple(x.shape)}",
-                    "4 dimensions: (batch, heads, length, head_dim)",
-                )  # fmt: skip
-    if q.dtype != k.dtype or q.dtype != v.dtype:
-        _check_dtypes(function, q, k, v)
-    if q.device != k.device or q.device != v.device:
-        name, x = ("v", v) if q.device == k.device else ("k", k)
-        _refuse(function, f"{name} is on {x.device} but q is on {q.device}", "the same device")
-    batch, q_heads, _, head_dim = q_shape
-    kv_heads = k_shape[1]
-    if k_shape[0] != batch:
-        _refuse(function, f"k has batch size {k_shape[0]}", f"q's, {batch}")
-    if k_shape[3] != head_dim:
-        _refuse(function, f"k has head_dim {k_shape[3]}", f"q's, {head_dim}")
-    if v_shape[:3] != k_shape[:3]:
-        _refuse(
-            function, f"v has shape {tuple(v_shape)}",
-            f"k's, {tuple(k_shape)}, of which only head_dim may differ",
-        )  # fmt: skip
-    if kv_heads == 0 or q_heads % kv_heads:
-        _refuse(function, f"q has {q_heads} heads and k has {kv_heads}", "a multiple of k's heads")
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.stride(3) != 1 and x.numel():
-                _refuse(
-                    function, f"{name} has last stride {x.stride(3)}",
-                    "1 (head_dim elements adjacent)",
-                )  # fmt: skip
+    # What every right call passes, at once: this is a good part of a call's time on the host.
+    try:
+        batch, q_heads, _, head_dim = q.shape
+        k_batch, kv_heads, k_len, k_dim = k.shape
+        v_batch, v_heads, v_len, _ = v.shape
+        right = (
+            q.dtype is k.dtype is v.dtype
+            and batch == k_batch == v_batch
+            and kv_heads == v_heads
+            and k_len == v_len
+            and head_dim == k_dim
+            and kv_heads != 0
+            and q_heads % kv_heads == 0
+            and q.stride(3) == k.stride(3) == v.stride(3) == 1
+            and q.device == k.device == v.device
+        )
+    except ValueError:  # other numbers of dimensions
+        right = False
+    if not right:
+        _explain(function, q, k, v)
     if scale is not None and not 0 < scale < math.inf:
         _refuse(function, f"scale is {scale}", "None, or a finite number above 0")
     if options.window_left is not None and options.window_left < 0:
         _refuse(function, f"window_left is {options.window_left}", "None, or 0 and more keys")
 
 
-def _check_dtypes(function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for name, x in (("k", k), ("v", v)):
+def _explain(function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Refuse by the first thing that is wrong, if anything is."""
+    tensors = (("q", q), ("k", k), ("v", v))
+    for name, x in tensors:
+        if x.dim() != 4:
+            _refuse(
+                function,
+                f"{name} has shape {tuple(x.shape)}",
+                "4 dimensions: (batch, heads, length, head_dim)",
+            )
+    for name, x in tensors:
         if x.dtype == FP8:
             raise ValueError(
-                f"{function}: {name} has dtype {x.dtype}; expected q's (prefill_varlen takes fp8 "
-                "keys)"
+                f"{function}: {name} has dtype {x.dtype}; expected 16 bits or more "
+                "(prefill_varlen takes fp8 keys)"
             )
         if x.dtype != q.dtype:
             _refuse(function, f"{name} has dtype {x.dtype}", f"q's, {q.dtype}")
+        if x.device != q.device:
+            _refuse(function, f"{name} is on {x.device} but q is on {q.device}", "the same device")
+    if k.shape[0] != q.shape[0]:
+        _refuse(function, f"k has batch size {k.shape[0]}", f"q's, {q.shape[0]}")
+    if k.shape[3] != q.shape[3]:
+        _refuse(function, f"k has head_dim {k.shape[3]}", f"q's, {q.shape[3]}")
+    if v.shape[:3] != k.shape[:3]:
+        _refuse(
+            function,
+            f"v has shape {tuple(v.shape)}",
+            f"k's, {tuple(k.shape)}, of which only head_dim may differ",
+        )
+    q_heads, kv_heads = q.shape[1], k.shape[1]
+    if kv_heads == 0 or q_heads % kv_heads:
+        _refuse(function, f"q has {q_heads} heads and k has {kv_heads}", "a multiple of k's heads")
+    for name, x in tensors:
+        if x.stride(3) != 1 and x.numel():
+            _refuse(
+                function,
+                f"{name} has last stride {x.stride(3)}",
+                "1 (head_dim elements adjacent)",
+            )
 
 
 def _refuse(function: str, found: str, expected: str) -> None:

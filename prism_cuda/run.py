@@ -66,12 +66,16 @@ def run(
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, or no kernel serves the call.
     """
-    call = (plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale, dropout, source)
     if recording.active:
         recordings = recording.listening()
         if recordings:
-            return _recorded(recordings, layer_idx, *call)
-    return _attend(*call)
+            return _recorded(
+                recordings, layer_idx, plan, q, k, v, config, options, scale, causal, batch,
+                k_scale, v_scale, dropout, source,
+            )  # fmt: skip
+    return _attend(
+        plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale, dropout, source
+    )
 
 
 def _attend(
@@ -106,7 +110,11 @@ def _attend(
         )
         bits, counts = stages.select(stages.pool() if source is not None else None)
         return *stages.attend(bits, counts), bits, counts
-    keywords = {} if options is PLAIN else options.keywords()
+    if options is PLAIN and batch is None:
+        return ops.call(
+            torch.ops.prism.prefill.default, q, k, v, *arguments, scale, causal, *config.block_sizes
+        )
+    keywords = options.keywords()
     if batch is not None:
         keywords |= _fp8_keywords(k_scale, v_scale) | batch.keywords()
         if plan.estimator is not None:

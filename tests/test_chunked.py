@@ -67,16 +67,16 @@ def test_drafts_of_some_tokens_come_and_go(name: str) -> None:
     chunked = state(config)
     chunked.prefill(q[:, :, :333], k[:, :, :333], v[:, :, :333])
     wrong = torch.randn_like(k)
-    for length in (333, 336, 337, 350):
+    for length in (333, 342, 351):
         draft = torch.cat([k[:, :, :length], wrong[:, :, :7]], 2)
         chunked.prefill(q[:, :, length : length + 7], draft, draft)
         chunked.truncate(length)
         chunked.truncate(length - 2)
         chunk = (q[:, :, length - 2 : length + 9], k[:, :, : length + 9], v[:, :, : length + 9])
         chunked.prefill(*chunk)
-    chunk = (q[:, :, 359:], k, v)
+    chunk = (q[:, :, 360:], k, v)
     out, mask = chunked.prefill(*chunk, return_mask=True)
-    want, want_mask = straight(config, 359, chunk)
+    want, want_mask = straight(config, 360, chunk)
     assert torch.equal(mask.bits, want_mask.bits) and torch.equal(out, want)
 
 

@@ -49,6 +49,7 @@ def register_estimator(name: str, function: EstimatorFunction) -> None:
     MAX_HEAD_DIM[name] = MAX_ATTENTION_HEAD_DIM
 
 
+@remembered
 def op_arguments(
     name: str | None, config: PrismConfig, head_dim: int, q_heads: int
 ) -> tuple | None:
@@ -61,14 +62,9 @@ def op_arguments(
         ValueError: if config's settings of heads do not fit them.
     """
     if name is None:
-        return _all_arguments(config, q_heads)
+        rules_of(config, ALL, q_heads)  # settings that do not fit the heads are refused here, too
+        return (ALL, [], [], [1.0], None, config.keep_sink, config.keep_recent)
     return _estimators[name].op_arguments(config, head_dim, q_heads)
-
-
-@remembered
-def _all_arguments(config: PrismConfig, q_heads: int) -> tuple:
-    rules_of(config, ALL, q_heads)  # settings that do not fit the heads are refused here, too
-    return (ALL, [], [], [1.0], None, config.keep_sink, config.keep_recent)
 
 
 __all__ = ["Estimator", "get", "op_arguments", "register_estimator"]

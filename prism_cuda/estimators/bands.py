@@ -23,7 +23,11 @@ class TwoBands(Estimator):
     name = "bands"
 
     def op_arguments(self, config: PrismConfig, head_dim: int, q_heads: int) -> tuple | None:
-        return _op_arguments(config, head_dim, q_heads)
+        of_heads = ranges_of_heads(config, head_dim, q_heads)
+        if len(of_heads) > 1:
+            return None
+        high, low = of_heads[0]
+        return ("bands", list(high), list(low), *rules_of(config, self.name, q_heads))
 
     def pool_keys(self, k: torch.Tensor, config: PrismConfig) -> torch.Tensor:
         return ops.call(torch.ops.prism.block_pool.default, k, config.block_sizes[1])
@@ -55,15 +59,6 @@ class TwoBands(Estimator):
         device: torch.device | str,
     ) -> KeyState:
         return _Means(shape, max_len, config, device)
-
-
-@remembered
-def _op_arguments(config: PrismConfig, head_dim: int, q_heads: int) -> tuple | None:
-    of_heads = ranges_of_heads(config, head_dim, q_heads)
-    if len(of_heads) > 1:
-        return None
-    high, low = of_heads[0]
-    return ("bands", list(high), list(low), *rules_of(config, "bands", q_heads))
 
 
 @remembered

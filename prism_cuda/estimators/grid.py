@@ -10,14 +10,13 @@ from prism_cuda.config import PrismConfig
 from prism_cuda.estimators.base import Estimator, KeyState, batch_keywords, rules_of
 from prism_cuda.heads import Selection
 from prism_cuda.reference import CELL_TOKENS, estimation_width
-from prism_cuda.remember import remembered
 
 
 class Grid(Estimator):
     name = "grid"
 
     def op_arguments(self, config: PrismConfig, head_dim: int, q_heads: int) -> tuple:
-        return _op_arguments(config, q_heads)
+        return ("grid", [], [], *rules_of(config, self.name, q_heads))
 
     def select(
         self,
@@ -50,11 +49,6 @@ class Grid(Estimator):
         device: torch.device | str,
     ) -> KeyState:
         return _Cells(shape, max_len, config, device)
-
-
-@remembered
-def _op_arguments(config: PrismConfig, q_heads: int) -> tuple:
-    return ("grid", [], [], *rules_of(config, "grid", q_heads))
 
 
 class _Cells(KeyState):

@@ -96,6 +96,7 @@ class PrismAttention:
         _refuse_unsupported(module, kwargs)
         if kwargs.get("output_attentions"):
             warn_once("prism: attention weights are never computed; none are returned.")
+        query, key, value = plan.computed(query, key, value)
         layer_idx = getattr(module, "layer_idx", None)
         if attention_mask is not None and attention_mask.dim() == 3:
             sliding_window = mask_window(attention_mask)

@@ -1,4 +1,4 @@
-"""prism::pool_append_: bit for bit block_pool over all tokens, however they were cut."""
+"""prism::append_means_: bit for bit block_pool over all tokens, however they were cut."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Appended:
 
     def append(self, x: torch.Tensor) -> torch.Tensor:
         """The means of all blocks so far."""
-        torch.ops.prism.pool_append_(x, self.means, self.sums, self.length, self.block_size)
+        torch.ops.prism.append_means_(x, self.means, self.sums, self.length, self.block_size)
         self.length += x.shape[2]
         return self.means[:, :, : oracle.ceil_div(self.length, self.block_size)]
 
@@ -136,7 +136,7 @@ def test_graph_replay_appends_the_same_chunk_again(cuda: str) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.ops.prism.pool_append_(chunk, state.means, state.sums, 512, 128)
+        torch.ops.prism.append_means_(chunk, state.means, state.sums, 512, 128)
     for _ in range(2):
         graph.replay()
     assert torch.equal(state.means[:, :, :6], torch.ops.prism.block_pool(x, 128))

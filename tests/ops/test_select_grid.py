@@ -1,4 +1,4 @@
-"""prism::estimate_grid against float64; only near ties at the threshold may differ."""
+"""prism::select_grid against float64; only near ties at the threshold may differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import inputs, oracle
+from helpers import call, inputs, oracle
 from helpers.build import select_settings, structured_batch
 from helpers.cases import B64, B128, B128_64, SELECT_GROUPS, SelectCase
 from helpers.compare import check_selection
@@ -58,10 +58,10 @@ def exact_qk(case: SelectCase, device: str, seed: int = 0) -> Pair:
     return q.bfloat16().to(device), (k + sign * spread).bfloat16().to(device)
 
 
-def kept(pair: Pair, top_p: float, **options: Any) -> torch.Tensor:
+def kept(pair: Pair, top_p: call.Number, **options: Any) -> torch.Tensor:
     """The op's mask as (B, Hq, Nq, Nk) bool, its storage checked."""
     with poisoned_allocations():
-        bits, counts = torch.ops.prism.estimate_grid(*pair, top_p, **options)
+        bits, counts = call.select_grid(*pair, top_p, **options)
     q, k = pair
     q_blocks = oracle.ceil_div(q.shape[2], options["q_block_size"])
     k_blocks = oracle.ceil_div(k.shape[2], options["k_block_size"])
@@ -180,8 +180,8 @@ def test_every_layout_is_bit_identical(device: str, layout: str, head_dim: int) 
 def test_wider_heads_are_refused(device: str) -> None:
     q = torch.ones(1, 2, 100, 136, dtype=torch.bfloat16, device=device)
     allowed = "q has head_dim 136.*; allowed on the grid: multiples of 8 up to 128"
-    with pytest.raises(RuntimeError, match=f"prism::estimate_grid: {allowed}"):
-        torch.ops.prism.estimate_grid(q, q, 0.9)
+    with pytest.raises(RuntimeError, match=f"prism::select_grid: {allowed}"):
+        call.select_grid(q, q, 0.9)
 
 
 def test_float16_matches_float64(device: str) -> None:
@@ -278,8 +278,8 @@ def test_long_rows_match_float64(cuda: str, blocks: tuple[int, int]) -> None:
 def test_too_many_key_blocks_are_refused(cuda: str) -> None:
     q = torch.ones(1, 1, 1, 64, dtype=torch.bfloat16, device=cuda)
     k = q.expand(1, 1, 64 * 16384 + 1, 64)
-    with pytest.raises(RuntimeError, match="estimate_grid: k has 16385 blocks.*16384"):
-        torch.ops.prism.estimate_grid(q, k, 0.9, q_block_size=64, k_block_size=64)
+    with pytest.raises(RuntimeError, match="select_grid: k has 16385 blocks.*16384"):
+        call.select_grid(q, k, 0.9, q_block_size=64, k_block_size=64)
 
 
 def test_heads_do_not_influence_each_other(device: str) -> None:
@@ -314,7 +314,7 @@ def test_more_rows_than_ctas_match_the_reference(cuda: str, blocks: tuple[int, i
     pairs = [(drifting(q_heads), drifting(kv_heads)) for _ in range(2)]
     for q, k in pairs * 2:
         # No poison here: what the call before left in memory must not be taken for the result.
-        bits, counts = torch.ops.prism.estimate_grid(q, k, 0.9, **options)
+        bits, counts = call.select_grid(q, k, 0.9, **options)
         keep = oracle.unpack_bits(bits, length // blocks[1])
         assert torch.equal(keep.sum(-1).int(), counts)
         for head in (0, 23, 47):
@@ -326,16 +326,16 @@ def test_graph_replay_equals_eager_on_new_inputs(cuda: str) -> None:
     case = SelectCase("graph", 5000, 5100, q_heads=4, head_dim=128, blocks=B128)
     static = qk(case, cuda)
     options = select_settings(case)
-    torch.ops.prism.estimate_grid(*static, case.top_p, **options)
+    call.select_grid(*static, case.top_p, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = torch.ops.prism.estimate_grid(*static, case.top_p, **options)
+        captured = call.select_grid(*static, case.top_p, **options)
     for seed in (21, 22):
         for x, new in zip(static, qk(case, cuda, seed=seed), strict=True):
             x.copy_(new)
         graph.replay()
-        want = torch.ops.prism.estimate_grid(*static, case.top_p, **options)
+        want = call.select_grid(*static, case.top_p, **options)
         for a, b in zip(captured, want, strict=True):
             assert torch.equal(a, b)
 
@@ -367,3 +367,15 @@ def test_any_shape_matches_float64(
         needs_cuda()
     case = SelectCase("any", q_len, k_len, 1, *heads, head_dim)
     check(qk(case, on), top_p, **options_of(blocks, causal=causal, keep_above=keep_above))
+
+
+def test_heads_with_rules_of_their_own(device: str) -> None:
+    """In one call what each head keeps with its rules alone."""
+    case = SelectCase("per_head", 640, 1280, q_heads=4)
+    pair, rules = qk(case, device), select_settings(case)
+    top_p, above = [0.2, 1.0, 0.9, 0.0], [0.3, 0.5, 0.01, 0.02]
+    together = kept(pair, top_p, **rules | {"keep_above": above})
+    for head in range(4):
+        alone = kept(pair, top_p[head], **rules | {"keep_above": above[head]})
+        assert torch.equal(together[:, head], alone[:, head])
+    assert len({int(x) for x in together.sum((0, 2, 3))}) == 4

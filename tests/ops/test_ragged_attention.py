@@ -1,4 +1,4 @@
-"""prism::sparse_attention_varlen against float64 attention of every sequence by itself."""
+"""prism::sparse_attention of ragged batches against float64 attention of every sequence alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SANITIZER_CASES = (
 
 def run(case: RaggedInputs) -> tuple[torch.Tensor, torch.Tensor]:
     with poisoned_allocations():
-        return torch.ops.prism.sparse_attention_varlen(**case.op_arguments())
+        return torch.ops.prism.sparse_attention(**case.op_arguments())
 
 
 def check(case: RaggedInputs) -> None:
@@ -87,13 +87,13 @@ def test_equal_lengths_give_what_a_batch_gives(
         used = torch.full((3,), 256, device=device, dtype=torch.int32)
         where = {"cu_seqlens_k": None, "seqused_k": used, "block_table": table}
         k, v = (x.unflatten(0, (-1, page_size)) for x in (k, v))
-    packed, packed_lse = torch.ops.prism.sparse_attention_varlen(
+    packed, packed_lse = torch.ops.prism.sparse_attention(
         batch.q.transpose(1, 2).flatten(0, 1),
         k,
         v,
         batch.bits,
         batch.counts,
-        ends * 200,
+        cu_seqlens_q=ends * 200,
         **where,
         max_seqlen_q=200,
         max_seqlen_k=256,
@@ -141,14 +141,50 @@ def test_rows_of_no_sequence_are_left_alone(cuda: str) -> None:
     assert torch.isnan(padded_lse[:, outside]).all()
 
 
-def test_keys_longer_than_max_seqlen_k_are_cut(cuda: str) -> None:
-    case = ragged_inputs(RaggedCase("long", head_dim=128, mask="full"), torch.bfloat16, cuda)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_what_exceeds_the_longest_lengths_is_left_out(device: str, page_size: int | None) -> None:
+    """Of queries and of keys, as if the sequences ended there."""
+    case = ragged_inputs(
+        RaggedCase("long", ((300, 500), (70, 90)), page_size=page_size, mask="full"),
+        torch.bfloat16,
+        device,
+    )
+    case.tensors |= {"max_seqlen_q": 200, "max_seqlen_k": 333}
+    case.mask = case.mask[:, :, :2, :3]
+    out, lse = run(case)
+    one = (case.q[:200].transpose(0, 1)[None], case.keys[0][None, :, :333])
+    masks = (case.mask[:1], case.values[0][None, :, :333])
+    bits, counts = oracle.pack_bits(masks[0])
+    want, want_lse = torch.ops.prism.sparse_attention(*one, masks[1], bits, counts, **case.settings)
+    assert torch.equal(out[:200], want[0].transpose(0, 1))
+    assert torch.equal(lse[:, :200], want_lse[0])
+
+
+def test_a_length_beyond_the_tensor_is_no_wild_read(device: str) -> None:
+    case = ragged_inputs(RaggedCase("long", head_dim=128, mask="full"), torch.bfloat16, device)
     case.tensors["max_seqlen_k"] = 100
-    case.tensors["cu_seqlens_k"][-1] = 1 << 30  # would be a wild read
+    case.tensors["cu_seqlens_k"][-1] = 1 << 30
     case.mask = case.mask[..., :1]
     out, lse = run(case)
     assert torch.isfinite(out).all()
     assert not torch.isnan(lse).any()
+
+
+def test_pages_that_are_not_there_read_as_zeros(device: str) -> None:
+    case = ragged_inputs(
+        RaggedCase("zeros", ((130, 300), (70, 200)), head_dim=128, page_size=16, mask="full"),
+        torch.bfloat16,
+        device,
+    )
+    table = case.tensors["block_table"]
+    pages = table[0].tolist()
+    table[0, 3], table[0, 5] = -7, len(case.k)
+    got = run(case)
+    table[0, 3], table[0, 5] = pages[3], pages[5]
+    for pool in (case.k, case.v):
+        pool[[pages[3], pages[5]]] = 0
+    for x, y in zip(got, run(case), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_no_sequence_and_no_row(device: str) -> None:
@@ -238,7 +274,7 @@ def test_lengths_are_read_on_the_device(cuda: str) -> None:
     arguments = case.op_arguments()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = torch.ops.prism.sparse_attention_varlen(**arguments)
+        out, lse = torch.ops.prism.sparse_attention(**arguments)
     other = ragged_inputs(
         RaggedCase("other", lengths=LENGTHS[::-1], page_size=16, head_dim=128, mask="full"),
         torch.bfloat16,

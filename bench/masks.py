@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_cuda.bits import pack as pack_bits
 from prism_cuda.bands import from_dims
+from prism_cuda.bits import pack as pack_bits
 
 QUERY_BLOCK = 128
 

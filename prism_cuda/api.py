@@ -361,6 +361,7 @@ def prefill_varlen(
         chosen, q, k, v, config, options, scale=scale, causal=causal, batch=batch, k_scale=k_scale,
         v_scale=v_scale,
     )  # fmt: skip
+    assert lse is not None and bits is not None and counts is not None  # of every ragged batch
     extras = ([lse] if return_lse else []) + ([bits, counts] if return_mask else [])
     return (out, *extras) if extras else out
 

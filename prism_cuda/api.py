@@ -9,7 +9,15 @@ from prism_cuda.batch import Batch
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig, as_config
 from prism_cuda.options import ScoreOptions, score_options
-from prism_cuda.plan import Plan, check, computed, plan, plan_of_shape
+from prism_cuda.plan import (
+    FP8,
+    Plan,
+    check,
+    check_settings,
+    computed,
+    plan,
+    plan_of_shape,
+)
 from prism_cuda.run import mask_of, run
 
 Dispatch = Plan
@@ -88,6 +96,7 @@ def prefill(
     options = score_options(sinks, softcap, window_left)
     q, k, v = computed(q, k, v)
     check("prefill", q, k, v, scale, options)
+    check_settings(config, q.shape[1], q.shape[3], False)
     chosen = plan(q, k, v, config, options, needs_lse=return_lse)
     result = run(chosen, q, k, v, config, options, scale=scale, causal=causal)
     if not (return_lse or return_mask):
@@ -356,6 +365,7 @@ def prefill_varlen(
     batch = Batch(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
     q, k, v = computed(q, k, v)
     _check_dims("prefill_varlen", q, k, v)
+    check_settings(config, q.shape[1], q.shape[2], k.dtype == FP8)
     chosen = plan(q, k, v, config, options, batch=batch)
     out, lse, bits, counts = run(
         chosen, q, k, v, config, options, scale=scale, causal=causal, batch=batch, k_scale=k_scale,

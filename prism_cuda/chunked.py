@@ -153,6 +153,7 @@ class ChunkedPrefill:
         config, options = self._config, score_options(sinks, softcap, window_left)
         q, k, v = plan.computed(q, k, v)
         plan.check("ChunkedPrefill.prefill", q, k, v, scale, options)
+        plan.check_settings(config, q.shape[1], q.shape[3], False)
         chosen = plan.plan(q, k, v, config, options)
         source = None
         if chosen.estimator is None:

@@ -66,7 +66,6 @@ def plan(
 
     Raises:
         ImportError: if the ops library is not built.
-        ValueError: if config's settings of heads do not fit q's.
     """
     if batch is None:
         q_len, k_len = q.shape[2], k.shape[2]
@@ -79,7 +78,6 @@ def plan(
         windowed,
         windowed or options.softcap is not None,
         needs_lse or options.sinks is not None,
-        q.shape[1],
         q.shape[-1],
         v.shape[-1],
         q.dtype,
@@ -107,7 +105,6 @@ def plan_of_shape(
         windowed,
         windowed or options.softcap is not None,
         sinks,
-        None,
         head_dim,
         head_dim,
         dtype,
@@ -165,7 +162,6 @@ def _decide(
     windowed: bool,
     changed: bool,
     beyond_torch: bool,
-    q_heads: int | None,
     head_dim: int,
     v_dim: int,
     dtype: torch.dtype,
@@ -178,17 +174,9 @@ def _decide(
     Args:
         changed: whether a cap or a window changes scores, for which kernels differ.
         beyond_torch: whether anything else is asked for that torch's attention does not do.
-        q_heads: None where it is not known.
     """
     by_torch = not (changed or beyond_torch or ragged)
     estimator = config.estimator_of(head_dim, fp8_keys)
-    if ragged or why_not_estimated(head_dim, config) is None:
-        chosen_by: str | None = estimator
-    else:
-        chosen_by = None
-    if q_heads is not None:
-        # Whatever the length, settings that do not fit the heads are refused.
-        estimators.op_arguments(chosen_by, config, head_dim, q_heads)
     reason = None
     if v_dim != head_dim:
         reason = f"v has head_dim {v_dim}, q has {head_dim}"
@@ -330,6 +318,18 @@ def _explain(function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -
 
 def _refuse(function: str, found: str, expected: str) -> None:
     raise RuntimeError(f"{function}: {found}; expected {expected}")
+
+
+@remembered
+def check_settings(config: PrismConfig, q_heads: int, head_dim: int, fp8_keys: bool) -> None:
+    """Refuse settings that do not fit the heads, even for a call that makes no use of them.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    estimated = why_not_estimated(head_dim, config) is None
+    name = config.estimator_of(head_dim, fp8_keys) if estimated else None
+    estimators.op_arguments(name, config, head_dim, q_heads)
 
 
 def computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +61,19 @@ def test_it_chooses_the_blocks(config: PrismConfig) -> None:
     assert recording.calls[0].times.keys() == {"select", "attend"}
     choice = prism_cuda.dispatch(900, 900, 64, q.dtype, "cpu", config)
     assert (choice.path, choice.estimator) == ("prism", "diagonal")
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = Path(__file__).parents[1] / "docs" / "usage.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "register_estimator" in block)
+    q, k, v = qkv(4200)
+    names = {"q": q[:, :, -300:], "k": k, "v": v}
+    with prism_cuda.record() as recording:
+        exec(example, names)
+    assert names["out"].shape == names["q"].shape
+    assert [call.estimator for call in recording.calls] == ["local"]
+    assert 0.4 < recording.calls[0].density < 0.7
 
 
 def test_it_serves_chunks(config: PrismConfig) -> None:

@@ -71,7 +71,9 @@ def plan(
         q_len, k_len = q.shape[2], k.shape[2]
     else:
         q_len, k_len = batch.max_seqlen_q, batch.max_seqlen_k
-    windowed = options.window_left is not None and options.windowed(k_len)
+    windowed = False
+    if options.window_left is not None and options.windowed(k_len):
+        windowed = True  # by a branch: compilers would keep the comparison as a symbol
     return _decide(
         config,
         size_of(q_len, k_len, config, windowed),
@@ -98,7 +100,9 @@ def plan_of_shape(
     sinks: bool,
 ) -> Plan:
     """The plan of a call before there are tensors, of heads in any number."""
-    windowed = options.windowed(k_len)
+    windowed = False
+    if options.windowed(k_len):
+        windowed = True
     return _decide(
         config,
         size_of(q_len, k_len, config, windowed),

@@ -16,9 +16,9 @@ def _seed() -> None:
 @pytest.fixture
 def needs_library() -> None:
     """Skip where the ops library is not built; everything above the reference needs it."""
-    from prism_cuda import _ops
+    from prism_cuda import ops
 
-    if not _ops.is_loaded():
+    if not ops.is_loaded():
         pytest.skip("the ops library is not built")
 
 

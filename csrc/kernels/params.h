@@ -134,51 +134,14 @@ struct SelectParams {
 // are laid out as for attention.
 struct BandsParams {
   TensorView q;        // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;        // (batch, kv_heads, k_len, head_dim), dtype or e4m3; data null: k_means
-  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float: k, pooled before
+  TensorView k;        // (batch, kv_heads, k_len, head_dim), dtype or e4m3; not read if k_means is
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float: pooled before; data null: no
   SelectParams select;
   Band high;
   Band low;
   DType dtype;
   bool k_is_fp8 = false;           // k is float8 e4m3
   const float* k_scale = nullptr;  // (kv_heads): what the means of k are multiplied by; null: 1
-};
-
-struct SelectBlocksParams {
-  TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
-  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
-  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
-  uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
-  int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
-  int64_t batch;
-  int q_heads;
-  int kv_heads;
-  int64_t q_len;  // tokens; of a ragged batch the most that a sequence has
-  int64_t k_len;  // tokens; of a ragged batch the most that a sequence has
-  int64_t q_blocks;
-  int64_t k_blocks;
-  int head_dim;
-  int q_block_size;  // tokens
-  int k_block_size;  // tokens
-  Band high;
-  Band low;
-  double top_p;       // in [0, 1]
-  double keep_above;  // in (0, 1], or infinite: the rule is off
-  int64_t keep_sink;
-  int64_t keep_recent;
-  bool causal;
-  RaggedBatch ragged;  // means and key blocks past a sequence's end are neither written nor read
-};
-
-// Pools q and k in one launch: q's means for select.q_means, k's straight into its workspace. Of a
-// ragged batch, q and k are laid out as for attention.
-struct EstimatePoolParams {
-  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype or e4m3
-  SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
-  DType dtype;
-  bool k_is_fp8 = false;           // k is float8 e4m3
-  const float* k_scale = nullptr;  // (kv_heads): what k's means are multiplied by; null: 1
 };
 
 constexpr int kCellTokens = 16;  // queries, or keys, of a cell of the grid
@@ -229,16 +192,6 @@ struct KeepBlocksParams {
   int window_left = -1;     // keys before its own position that a row sees; -1: all
   int64_t dense_below = 0;  // tokens, see launch_keep_blocks
   bool all = true;          // of all sequences; else of short ones, and the others are left alone
-};
-
-// Selection from the masses of a grid of cells, see kernels/grid. Ragged as in EstimatePoolParams.
-struct EstimateGridParams {
-  TensorView q;       // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;       // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
-  CellStats k_cells;  // pooled before; null: k is pooled in the call
-  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
-  float scale;                // softmax scale, > 0
-  DType dtype;
 };
 
 // Of a ragged batch, q and out are (q_heads, total_q, head_dim), without a batch stride, and so are

@@ -1,4 +1,12 @@
 // Plain parameter structs: the only thing that crosses from csrc/torch into the kernels.
+//
+// Words for extents, here and in the kernels:
+//   block  the tokens that a row of the mask (queries) or a bit of it (keys) stands for
+//   cell   16 tokens, whose mean and spread stand for them on the grid
+//   tile   rows, keys or cells that a CTA, or a tensor core, takes at a time
+//   chunk  blocks that a CTA pools
+//   slice  dimensions that a tensor core takes at a time
+//   span   the rows of a sequence in a packed tensor
 #pragma once
 
 #include <cstdint>
@@ -11,6 +19,8 @@
 
 namespace prism {
 
+// NaN codes of e4m3 are read as +-480: telling them from numbers would cost as much as the rest of
+// the conversion.
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat8E4M3 };
 
 constexpr int kMaxBandRanges = 8;
@@ -39,7 +49,7 @@ struct BlockPoolParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
-  const float* scale = nullptr;  // (heads): what the means are multiplied by; null: 1
+  const float* scale = nullptr;  // (heads): what means of e4m3 are multiplied by; null: 1
 };
 
 // Rows of partial sums that continue the mean of an unfinished block, of one head.
@@ -59,7 +69,7 @@ struct AppendMeansParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
-  const float* scale = nullptr;  // (heads): what the means, not the sums, are multiplied by
+  const float* scale = nullptr;  // (heads): what means, not sums, of e4m3 are multiplied by
 };
 
 // The dimensions of one RoPE frequency band, one bit a dimension.
@@ -141,7 +151,7 @@ struct BandsParams {
   Band low;
   DType dtype;
   bool k_is_fp8 = false;           // k is float8 e4m3
-  const float* k_scale = nullptr;  // (kv_heads): what the means of k are multiplied by; null: 1
+  const float* k_scale = nullptr;  // (kv_heads): what means of e4m3 are multiplied by; null: 1
 };
 
 constexpr int kCellTokens = 16;  // queries, or keys, of a cell of the grid

@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kPoolThreads, min_pool_ctas(Shape::kRows, kMod
   constexpr int kQuads = sizeof(LaneMean<kWidth>) / sizeof(float4);
   __shared__ float4 partial[2][kRowGroups][kWidth / 4];
 
-  let_consumer_start();
   wait_for_producer();
+  let_consumer_start();
   const bool second = blockIdx.x >= first_grid;
   const PoolTask& task = arguments.tasks[second];
   // Grids have 31 bits, whose divisions are much cheaper than those of 64.

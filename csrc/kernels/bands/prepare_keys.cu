@@ -37,8 +37,8 @@ __device__ float4 load_mean(const float* source) {
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
     prepare_keys_kernel(const __grid_constant__ KeyArguments arguments) {
-  let_consumer_start();
   wait_for_producer();
+  let_consumer_start();
   const EnergyChunks chunks(arguments.blocks);
   const TensorView& means = arguments.means;
   const int chunk = static_cast<int>(blockIdx.x) % chunks.count;

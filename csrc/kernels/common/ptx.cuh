@@ -13,7 +13,9 @@ __device__ inline void wait_for_producer() {
 #endif
 }
 
-// In the kernel ahead: the next one may start as soon as every CTA came here and room is left.
+// In the kernel ahead: the next one may start as soon as every CTA came here and room is left. Call
+// it behind wait_for_producer: then the next one may touch what neither of the two writes or reads
+// before it waits itself, as lengths and the outputs of other calls.
 __device__ inline void let_consumer_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

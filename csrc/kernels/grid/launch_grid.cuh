@@ -19,12 +19,12 @@ constexpr int kMinGridCtas = 2;  // of an SM: one selects while the other scores
 
 template <typename Cta>
 __device__ void run_ragged(Cta& cta, const GridParams& params, GridTile& tile) {
+  clear_past_ends(params.select);  // nothing that pooling touches
   if (threadIdx.x == 0) {
     tile.search = SequenceSearch();
   }
   __syncthreads();
   wait_for_producer();
-  clear_past_ends(params.select);
   while (true) {
     if (threadIdx.x < 32) {
       draw_tile(params.select, GridWorkspace(params, gridDim.x, true).tile_counter, tile);

@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kCellThreads)
     pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
   constexpr Rows kRows = Shape::kRows;
   constexpr int kLanes = Shape::kWidth / kVector;  // threads of a cell
-  let_consumer_start();
   wait_for_producer();
+  let_consumer_start();
   if (kRagged && blockIdx.x == 0 && threadIdx.x == 0) {
     *arguments.tile_counter = 0;
   }

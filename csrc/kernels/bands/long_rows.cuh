@@ -155,26 +155,26 @@ class LongRows {
 
   __device__ void select_rows(int band) {
     const int words = rows_.tile.scored_words;
-    int size = 1;
-    while (size * Shape::kLaneWords < words) {
-      size *= 2;
+    int shift = 0;  // of the number of warps that share a row
+    while (Shape::kLaneWords << shift < words) {
+      ++shift;
     }
-    const int part_words = (words + size - 1) / size;
+    const int part_words = (words + (1 << shift) - 1) >> shift;
     if (part_words <= 32) {
-      select_rows<32>(band, size, part_words);
+      select_rows<32>(band, shift, part_words);
     } else if (part_words <= 48) {
-      select_rows<48>(band, size, part_words);
+      select_rows<48>(band, shift, part_words);
     } else {
-      select_rows<64>(band, size, part_words);
+      select_rows<64>(band, shift, part_words);
     }
   }
 
   template <int kValues>
-  __device__ void select_rows(int band, int size, int part_words) {
-    Team team(shared_.slots, size);
+  __device__ void select_rows(int band, int shift, int part_words) {
+    Team team(shared_.slots, shift);
     const int first_key = team.index() * part_words * 32;
 #pragma unroll 1
-    for (int row = team.group(); row < rows_.tile.padded_rows; row += Shape::kWarps / size) {
+    for (int row = team.group(); row < rows_.tile.padded_rows; row += Shape::kWarps >> shift) {
       const int visible = rows_.range[row].visible;
       const int part = min(visible - first_key, part_words * 32);
       using Row = WarpRow<kValues, Team>;

@@ -26,7 +26,7 @@ class OneWarp {
   }
 };
 
-// `size` neighbouring warps, a power of two, with a barrier of their own. All of a CTA's groups
+// 2^shift neighbouring warps with a barrier of their own. All of a CTA's groups
 // have the same size, and start anew behind a barrier of the CTA.
 template <int kWarps>
 class WarpGroup : private OneWarp {
@@ -35,49 +35,49 @@ class WarpGroup : private OneWarp {
   // is read, and who writes the one after that has met all readers of this one.
   using Slots = uint4[2][kWarps];
 
-  __device__ WarpGroup(Slots& slots, int size) : slots_(slots), size_(size) {}
+  __device__ WarpGroup(Slots& slots, int shift) : slots_(slots), shift_(shift) {}
 
-  __device__ int index() const { return warp_index() % size_; }  // of the warp in its group
-  __device__ int group() const { return warp_index() / size_; }
-  __device__ int size() const { return size_; }
+  __device__ int index() const { return warp_index() & (size() - 1); }  // of the warp in its group
+  __device__ int group() const { return warp_index() >> shift_; }
+  __device__ int size() const { return 1 << shift_; }
 
   __device__ float max(float x) {
     x = OneWarp::max(x);
-    return size_ == 1 ? x : OneWarp::max(__uint_as_float(exchange({__float_as_uint(x)}).x));
+    return shift_ == 0 ? x : OneWarp::max(__uint_as_float(exchange({__float_as_uint(x)}).x));
   }
   __device__ float sum(float x) {
     x = OneWarp::sum(x);
-    if (size_ == 1) {
+    if (shift_ == 0) {
       return x;
     }
     const float other = __uint_as_float(exchange({__float_as_uint(x)}).x);
-    return OneWarp::sum(lane_index() < size_ ? other : 0.f);
+    return OneWarp::sum(lane_index() < size() ? other : 0.f);
   }
   __device__ uint32_t sum(uint32_t x) {
     x = OneWarp::sum(x);
-    if (size_ == 1) {
+    if (shift_ == 0) {
       return x;
     }
     const uint32_t other = exchange({x}).x;
-    return OneWarp::sum(lane_index() < size_ ? other : 0u);
+    return OneWarp::sum(lane_index() < size() ? other : 0u);
   }
   __device__ Above all(Above x) {
     x = OneWarp::all(x);
-    if (size_ == 1) {
+    if (shift_ == 0) {
       return x;
     }
     const uint4 other = exchange({x.sum, x.next_above, x.next_below});
-    return OneWarp::all({lane_index() < size_ ? other.x : 0u, other.y, other.z});
+    return OneWarp::all({lane_index() < size() ? other.x : 0u, other.y, other.z});
   }
   __device__ uint32_t sum(uint32_t x, uint32_t& before) {
     x = OneWarp::sum(x);
     before = 0;
-    if (size_ == 1) {
+    if (shift_ == 0) {
       return x;
     }
     const uint32_t other = exchange({x}).x;
     before = OneWarp::sum(lane_index() < index() ? other : 0u);
-    return OneWarp::sum(lane_index() < size_ ? other : 0u);
+    return OneWarp::sum(lane_index() < size() ? other : 0u);
   }
 
  private:
@@ -88,12 +88,12 @@ class WarpGroup : private OneWarp {
     if (lane_index() == 0) {
       slots[warp_index()] = mine;
     }
-    sync_threads(1 + group(), size_ * 32);
-    return slots[group() * size_ + lane_index() % size_];
+    sync_threads(1 + group(), 32 << shift_);
+    return slots[(group() << shift_) + (lane_index() & (size() - 1))];
   }
 
   Slots& slots_;
-  const int size_;
+  const int shift_;
   int turn_ = 0;
 };
 

@@ -122,7 +122,7 @@ Shape check_batch(const char* op, const Tensor& q, const Tensor& k, const Tensor
     PRISM_CHECK(!paged || !sequences.cu_seqlens_k, op,
                 "cu_seqlens_k and block_table are both given; expected one of them");
     PRISM_CHECK(paged || sequences.cu_seqlens_k, op,
-                "cu_seqlens_k and block_table are None; expected one of them");
+                "cu_seqlens_k and block_table are None; expected one of them beside cu_seqlens_q");
     const int64_t kv_dims = paged ? 4 : 3;
     const char* kv_shape =
         paged ? "(pages, page_size, kv_heads, head_dim)" : "(total_k, kv_heads, head_dim)";
@@ -145,6 +145,9 @@ Shape check_batch(const char* op, const Tensor& q, const Tensor& k, const Tensor
   }
   if (v != nullptr) {
     check_like_q(op, "v", *v, q, fp8);
+    if (!sequences.ragged()) {
+      check_batch_size(op, "v", *v, q);
+    }
     check_like_k(op, *v, k);
   }
   const int64_t kv_heads = k.size(sequences.ragged() ? k.dim() - 2 : 1);

@@ -15,6 +15,13 @@ Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& bloc
       new_empty(like, {shape.batch, shape.q_heads, q_blocks}, ScalarType::Int)};
 }
 
+void check_key_blocks(const SelectCall& call) {
+  const int64_t k_blocks = call.shape.k_blocks(call.blocks);
+  PRISM_CHECK(k_blocks <= kMaxSelectKeyBlocks, call.op,
+              call.shape.ragged ? "max_seqlen_k" : (call.k ? "k" : "k_len"), " has ", k_blocks,
+              " blocks; allowed on cuda: at most ", kMaxSelectKeyBlocks);
+}
+
 SelectParams select_params(const SelectCall& call, const Mask& mask) {
   const Shape& shape = call.shape;
   SelectParams params = {};

@@ -17,6 +17,9 @@ struct Mask {
 };
 Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& blocks);
 
+// Before anything is allocated: rows that the kernels of estimators have room for.
+void check_key_blocks(const SelectCall& call);
+
 // Workspaces are left for the caller to set.
 SelectParams select_params(const SelectCall& call, const Mask& mask);
 BandsParams bands_params(const BandsCall& call, const Mask& mask);

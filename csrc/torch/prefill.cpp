@@ -74,9 +74,8 @@ class Workspace {
   char* start_;
 };
 
-Workspace launch_selection(const CudaContext& context, const PrefillCall& call, const Mask& mask) {
-  const SelectCall select{call.op,    call.on,     call.k,         call.shape,
-                          call.rules, call.blocks, call.sequences, call.dense_below};
+Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
+                           const SelectCall& select, const Mask& mask) {
   int64_t bytes = 0;
   if (call.estimator == Estimator::kAll) {
     Workspace workspace(call.on, bytes);
@@ -110,9 +109,14 @@ Workspace launch_selection(const CudaContext& context, const PrefillCall& call, 
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const PrefillCall& call) {
   const CudaContext context(call.op, call.on);
   const NvtxRange range("prism.prefill");
+  const SelectCall select{call.op,    call.on,     call.k,         call.shape,
+                          call.rules, call.blocks, call.sequences, call.dense_below};
+  if (call.estimator != Estimator::kAll) {
+    check_key_blocks(select);
+  }
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
   Attention attention = new_attention(context, call, mask.bits, mask.counts);
-  const Workspace workspace = launch_selection(context, call, mask);
+  const Workspace workspace = launch_selection(context, call, select, mask);
   attention.params.tile_counter = workspace.counter();
   launch(context, call.op, attention.params);
   return {attention.out, attention.lse, mask.bits, mask.counts};

@@ -74,6 +74,7 @@ BandsParams bands_params(const BandsCall& call, const Mask& mask) {
 std::tuple<Tensor, Tensor> run(const BandsCall& call) {
   const CudaContext context(call.op, call.on);
   const NvtxRange range("prism.select");
+  check_key_blocks(call);
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
   BandsParams params = bands_params(call, mask);
   int64_t bytes = 0;

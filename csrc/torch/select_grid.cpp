@@ -57,6 +57,7 @@ GridParams grid_params(const GridCall& call, const Mask& mask) {
 std::tuple<Tensor, Tensor> run(const GridCall& call) {
   const CudaContext context(call.op, call.on);
   const NvtxRange range("prism.select");
+  check_key_blocks(call);
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
   GridParams params = grid_params(call, mask);
   int64_t bytes = 0;

@@ -47,9 +47,12 @@ MaskedAttentionCall check_sparse_attention(const Tensor& q, const Tensor& k, con
   const int64_t q_blocks = shape.q_blocks(blocks);
   check_int_tensor(kOp, "bits", bits, q,
                    {shape.batch, shape.q_heads, q_blocks, shape.words(blocks)},
-                   "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
-  check_int_tensor(kOp, "counts", counts, q, {shape.batch, shape.q_heads, q_blocks},
-                   "(batch, q_heads, q_blocks)");
+                   shape.ragged ? "(batch, q_heads, blocks of max_seqlen_q, ceil(blocks of "
+                                  "max_seqlen_k / 32))"
+                                : "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
+  check_int_tensor(
+      kOp, "counts", counts, q, {shape.batch, shape.q_heads, q_blocks},
+      shape.ragged ? "(batch, q_heads, blocks of max_seqlen_q)" : "(batch, q_heads, q_blocks)");
   return {call, bits, counts};
 }
 

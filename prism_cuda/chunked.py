@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from prism_cuda import estimators, ops, plan, run
-from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import MAX_HEAD_DIM, PrismConfig, as_config
 from prism_cuda.options import score_options
 
@@ -128,7 +129,7 @@ class ChunkedPrefill:
         softcap: float | None = None,
         window_left: int | None = None,
         return_mask: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, BlockMask | None]:
+    ) -> Any:
         """Causal attention of a chunk of queries to all keys so far.
 
         Args:

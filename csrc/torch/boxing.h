@@ -36,15 +36,19 @@ class Stack {
   template <typename T>
   struct IsGroup<T, std::void_t<decltype(T::take(std::declval<Stack&>()))>> : std::true_type {};
 
+  static void check(AOTITorchError error) {
+    STD_TORCH_CHECK(error == TORCH_SUCCESS, "torch could not pass on a string");
+  }
+
   // torch's own conversion allocates a string that nobody frees.
   std::string take_string() {
     const auto handle = torch::stable::detail::to<StringHandle>(values_[taken_++]);
     size_t length = 0;
     const char* data = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    check(torch_string_length(handle, &length));
+    check(torch_string_c_str(handle, &data));
     std::string text(data, length);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    check(torch_delete_string(handle));
     return text;
   }
 

@@ -582,3 +582,20 @@ def test_fp8_keys_are_sent_to_prefill_varlen():
             call(q, k, v)
     with pytest.raises(ValueError, match=r"select_blocks: k has dtype"):
         prism_cuda.select_blocks(q, k)
+
+
+def test_layers_of_an_fp32_model_attend_in_autocast_s_dtype():
+    pytest.importorskip("transformers", minversion="5")
+    from helpers.models import MODELS
+
+    prism_cuda.register(EXACT, "prism-autocast")
+    model = MODELS["llama"].build().float()
+    ids = torch.randint(3, 90, (1, 200))
+    logits = {}
+    for implementation in ("sdpa", "prism-autocast"):
+        model.set_attn_implementation(implementation)
+        low = torch.autocast("cpu", dtype=torch.bfloat16)
+        with low, torch.no_grad(), prism_cuda.record() as recording:
+            logits[implementation] = model(ids).logits
+    assert {call.path for call in recording.calls} == {"prism"}
+    torch.testing.assert_close(logits["prism-autocast"], logits["sdpa"], atol=0.05, rtol=0.05)

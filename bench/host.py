@@ -77,16 +77,16 @@ def plugin_call(q: Tensor, k: Tensor, v: Tensor) -> Call | None:
     prism_cuda.register(CONFIG, "prism-host")
     attend = AttentionInterface()["prism-host"]
     module = torch.nn.Module()
-    module.layer_idx, module.is_causal = 0, True
+    module.__dict__.update(layer_idx=0, is_causal=True)
     return lambda: attend(module, q, k, v, None, scaling=0.125)
 
 
 def calls_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
-    _, mask = prism_cuda.prefill(q, k, v, config=CONFIG, return_mask=True)  # type: ignore[misc]
+    _, mask = prism_cuda.prefill(q, k, v, config=CONFIG, return_mask=True)
     bands = prism_cuda.PrismConfig(dense_below=0, estimator="bands")
     ends = torch.tensor([0, LENGTH], dtype=torch.int32, device=q.device)
     packed = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
-    where = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    where: dict[str, Any] = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
     calls: dict[str, Call] = {
         "prefill": lambda: prism_cuda.prefill(q, k, v, config=CONFIG),
         "prefill, bands": lambda: prism_cuda.prefill(q, k, v, config=bands),

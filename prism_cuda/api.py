@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from prism_cuda import estimators, ops
@@ -61,7 +63,7 @@ def prefill(
     window_left: int | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
-) -> torch.Tensor | tuple:
+) -> Any:
     """Attention that estimates which blocks matter and computes only those.
 
     Args:
@@ -158,7 +160,7 @@ def sparse_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """Attention over the blocks of ``mask`` only.
 
     Args:
@@ -232,7 +234,7 @@ def sparse_attention_varlen(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> Any:
     """Block-sparse attention of sequences of different lengths, in one launch.
 
     Lengths and page numbers stay on the device: nothing here waits for them, and a captured CUDA
@@ -324,7 +326,7 @@ def prefill_varlen(
     v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     return_mask: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
+) -> Any:
     """Estimate the blocks of every sequence of a ragged batch, and attend to those.
 
     The host needs no lengths and nothing here waits for them: a captured CUDA graph follows lengths

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from prism_cuda import estimators, ops, plan, run
-from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import PrismConfig, as_config
+from prism_cuda.config import MAX_HEAD_DIM, PrismConfig, as_config
 from prism_cuda.options import score_options
 
 
@@ -44,9 +45,11 @@ class ChunkedPrefill:
         device: torch.device | str = "cuda",
     ) -> None:
         self._config = as_config("ChunkedPrefill", config)
-        reason = plan.why_not_estimated(head_dim, self._config)
-        if reason is not None:
-            raise ValueError(f"ChunkedPrefill: {reason}")
+        if plan.why_not_estimated(head_dim, self._config) is not None:
+            largest = MAX_HEAD_DIM[self._config.estimator]
+            raise ValueError(
+                f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
+            )
         ops.load()
         self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
@@ -126,7 +129,7 @@ class ChunkedPrefill:
         softcap: float | None = None,
         window_left: int | None = None,
         return_mask: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, BlockMask | None]:
+    ) -> Any:
         """Causal attention of a chunk of queries to all keys so far.
 
         Args:

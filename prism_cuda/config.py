@@ -85,7 +85,7 @@ class PrismConfig:
 
     block_size: int | Sequence[int] = (128, 64)
     estimator: str = "auto"
-    top_p: float | Sequence[float] = 0.95
+    top_p: float | Sequence[float] | torch.Tensor = 0.95
     keep_above: float | None = None
     bands: BandsChoice | Sequence[BandsChoice] = "auto"
     rope_theta: float | None = None

@@ -117,7 +117,8 @@ def record(
 
 def listening() -> list[Recording]:
     """The open blocks that get the calls of this thread."""
-    return [open for open in active if open.thread in (None, threading.get_ident())]
+    own = (None, threading.get_ident())
+    return [recording for recording in active if recording.thread in own]
 
 
 def note(recordings: list[Recording], call: CallRecord) -> None:

@@ -66,75 +66,19 @@ def run(
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, or no kernel serves the call.
     """
+    call = _Call(
+        plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale, dropout, source
+    )
     if recording.active:
         recordings = recording.listening()
         if recordings:
-            return _recorded(
-                recordings, layer_idx, plan, q, k, v, config, options, scale, causal, batch,
-                k_scale, v_scale, dropout, source,
-            )  # fmt: skip
-    return _attend(
-        plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale, dropout, source
-    )
-
-
-def _attend(
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: PrismConfig,
-    options: ScoreOptions,
-    scale: float | None,
-    causal: bool,
-    batch: Batch | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    dropout: float,
-    source: Source | None,
-) -> Result:
-    """In one op, wherever one does it all."""
-    if plan.kernel == "sdpa":
-        return sdpa.attend(q, k, v, scale, causal, dropout), None, None, None
-    if batch is None and plan.kernel.startswith("unsupported"):
-        raise RuntimeError(
-            f"prism: sinks, softcap, window_left and lse need one of prism's kernels; {plan.kernel}"
-        )
-    ops.load()
-    arguments = None
-    if source is None:
-        arguments = estimators.op_arguments(plan.estimator, config, q.shape[-1], q.shape[1])
-    if arguments is None:
-        stages = _Stages(
-            plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale, source
-        )
-        bits, counts = stages.select(stages.pool() if source is not None else None)
-        return *stages.attend(bits, counts), bits, counts
-    if options is PLAIN and batch is None:
-        return ops.call(
-            torch.ops.prism.prefill.default, q, k, v, *arguments, scale, causal, *config.block_sizes
-        )
-    keywords = options.keywords()
-    if batch is not None:
-        keywords |= _fp8_keywords(k_scale, v_scale) | batch.keywords()
-        if plan.estimator is not None:
-            keywords["dense_below"] = max(config.dense_below, 1)
-    return ops.call(
-        torch.ops.prism.prefill.default,
-        q,
-        k,
-        v,
-        *arguments,
-        scale,
-        causal,
-        *config.block_sizes,
-        **keywords,
-    )
+            return _recorded(recordings, layer_idx, call)
+    return call.whole()
 
 
 @dataclass
-class _Stages:
-    """The same in ops of their own, for what no single op does and to time each."""
+class _Call:
+    """A planned call: as a whole, in one op wherever one does it all, or in stages."""
 
     plan: Plan
     q: torch.Tensor
@@ -147,9 +91,45 @@ class _Stages:
     batch: Batch | None
     k_scale: torch.Tensor | None
     v_scale: torch.Tensor | None
+    dropout: float
     source: Source | None
 
+    def whole(self) -> Result:
+        plan, config, q = self.plan, self.config, self.q
+        if plan.kernel == "sdpa":
+            out = sdpa.attend(q, self.k, self.v, self.scale, self.causal, self.dropout)
+            return out, None, None, None
+        if self.batch is None and plan.kernel.startswith("unsupported"):
+            raise RuntimeError(
+                "prism: sinks, softcap, window_left and lse need one of prism's kernels; "
+                f"{plan.kernel}"
+            )
+        ops.load()
+        arguments = None
+        if self.source is None:
+            arguments = estimators.op_arguments(plan.estimator, config, q.shape[-1], q.shape[1])
+        if arguments is None:
+            bits, counts = self.select(None if self.source is None else self.source.pool())
+            return *self.attend(bits, counts), bits, counts
+        keywords: dict[str, object] = {}
+        if self.options is not PLAIN or self.batch is not None:
+            keywords = self._attention_keywords()
+            if self.batch is not None and plan.estimator is not None:
+                keywords["dense_below"] = max(config.dense_below, 1)  # 0 takes no short ones
+        return ops.call(
+            torch.ops.prism.prefill.default,
+            q,
+            self.k,
+            self.v,
+            *arguments,
+            self.scale,
+            self.causal,
+            *config.block_sizes,
+            **keywords,
+        )
+
     def pool(self) -> object:
+        """What :meth:`select` takes, or None where it pools by itself."""
         if self.source is not None:
             return self.source.pool()
         if self.plan.estimator is None or self.batch is not None:
@@ -173,9 +153,6 @@ class _Stages:
         )
 
     def attend(self, bits: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keywords = self.options.keywords() | _fp8_keywords(self.k_scale, self.v_scale)
-        if self.batch is not None:
-            keywords |= self.batch.keywords()
         return ops.call(
             torch.ops.prism.sparse_attention.default,
             self.q,
@@ -186,8 +163,14 @@ class _Stages:
             self.scale,
             self.causal,
             *self.config.block_sizes,
-            **keywords,
+            **self._attention_keywords(),
         )
+
+    def _attention_keywords(self) -> dict[str, object]:
+        keywords = self.options.keywords()
+        scales = {"k_scale": self.k_scale, "v_scale": self.v_scale}
+        keywords |= {name: scale for name, scale in scales.items() if scale is not None}
+        return keywords if self.batch is None else keywords | self.batch.keywords()
 
     def _every_block(self) -> Selection:
         q_heads, device = self.q.shape[1], self.q.device
@@ -211,65 +194,37 @@ class _Stages:
         )
 
 
-def _fp8_keywords(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> dict[str, object]:
-    given = {"k_scale": k_scale, "v_scale": v_scale}
-    return {name: scale for name, scale in given.items() if scale is not None}
-
-
-def _recorded(
-    recordings: list[Recording],
-    layer_idx: int | None,
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: PrismConfig,
-    options: ScoreOptions,
-    scale: float | None,
-    causal: bool,
-    batch: Batch | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    dropout: float,
-    source: Source | None,
-) -> Result:
+def _recorded(recordings: list[Recording], layer_idx: int | None, call: _Call) -> Result:
+    plan, q, k = call.plan, call.q, call.k
     timer = _Timer(q.device)
-    call = (plan, q, k, v, config, options, scale, causal, batch, k_scale, v_scale)
     if not any(recording.times for recording in recordings):
-        result = _attend(*call, dropout, source)
+        result = call.whole()
     elif plan.kernel == "sdpa" or plan.kernel.startswith("unsupported"):
-        result = timer.run("attend", lambda: _attend(*call, dropout, source))
+        result = timer.run("attend", call.whole)
     else:
         ops.load()
-        stages = _Stages(*call, source)
-        pooled = timer.run("pool", stages.pool)
-        if pooled is None and source is None:
+        pooled = timer.run("pool", call.pool)
+        if pooled is None and call.source is None:
             del timer.times["pool"]  # nothing was
-        bits, counts = timer.run("select", lambda: stages.select(pooled))
-        out, lse = timer.run("attend", lambda: stages.attend(bits, counts))
+        bits, counts = timer.run("select", lambda: call.select(pooled))
+        out, lse = timer.run("attend", lambda: call.attend(bits, counts))
         result = out, lse, bits, counts
     record = CallRecord(
         layer_idx, plan.path, plan.reason, q.shape[-2], k.shape[-2], 1.0, None, timer.times,
         plan.estimator,
     )  # fmt: skip
-    if batch is not None:
-        _note_sequences(recordings, record, result, batch, config, options, causal)
+    if call.batch is not None:
+        _note_sequences(recordings, record, result, call, call.batch)
         return result
     if plan.path == "prism":
-        record.mask = mask_of(result, record.q_len, record.k_len, config, causal)
+        record.mask = mask_of(result, record.q_len, record.k_len, call.config, call.causal)
         record.density = record.mask.density()
     recording.note(recordings, record)
     return result
 
 
 def _note_sequences(
-    recordings: list[Recording],
-    record: CallRecord,
-    result: Result,
-    batch: Batch,
-    config: PrismConfig,
-    options: ScoreOptions,
-    causal: bool,
+    recordings: list[Recording], record: CallRecord, result: Result, call: _Call, batch: Batch
 ) -> None:
     """One record per sequence with queries and keys, in order; times go to the first.
 
@@ -278,8 +233,9 @@ def _note_sequences(
     """
     _, _, bits, counts = result
     assert bits is not None and counts is not None
+    config = call.config
     q_block_size, k_block_size = config.block_sizes
-    windowed = options.windowed(batch.max_seqlen_k)
+    windowed = call.options.windowed(batch.max_seqlen_k)
     planned_dense = record.reason if record.path == "dense" else None
     times = record.times
     for b, (q_len, k_len) in enumerate(zip(*batch.lengths(), strict=True)):
@@ -298,7 +254,7 @@ def _note_sequences(
                 k_len,
                 q_block_size,
                 k_block_size,
-                causal,
+                call.causal,
             )
             own.path, own.reason = "prism", WINDOW if windowed else SPARSE
             own.density, own.estimator = own.mask.density(), record.estimator

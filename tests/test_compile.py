@@ -111,8 +111,9 @@ def test_an_estimator_of_ones_own_compiles() -> None:
     torch._dynamo.reset()
 
     def halves(q: Any, k: Any, config: PrismConfig, *, scale: Any, causal: bool) -> Any:
-        sizes = dict(zip(("q_block_size", "k_block_size"), config.block_sizes, strict=True))
-        return prism_cuda.BlockMask.full(*q.shape[:3], k.shape[2], causal=causal, **sizes)
+        sizes: Any = dict(zip(("q_block_size", "k_block_size"), config.block_sizes, strict=True))
+        shape: Any = (*q.shape[:3], k.shape[2])
+        return prism_cuda.BlockMask.full(*shape, causal=causal, **sizes)
 
     prism_cuda.register_estimator("compiled", halves)
     prefill = Prefill(PrismConfig(estimator="compiled", block_size=64, dense_below=0))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +113,7 @@ def test_top_p_per_head_is_each_head_on_its_own(top_p_of_heads, estimator):
 
 
 WIDE, NARROW = (48, 64), Bands((0, 8), (24, 32, 50, 64))
-BANDS_PER_HEAD = {
+BANDS_PER_HEAD: dict[str, Any] = {
     "heads": (WIDE, NARROW, "auto", WIDE),
     "groups": (WIDE, WIDE, "auto", "auto", WIDE, WIDE),
     "all_the_same": (NARROW,) * 4,
@@ -187,7 +189,7 @@ def test_every_distinct_choice_of_bands_is_selected_once_and_keys_are_pooled_onc
     assert called == [("select_bands", 4)]
 
 
-ONE_OP = {
+ONE_OP: dict[str, dict[str, Any]] = {
     "grid": {},
     "bands": {"estimator": "bands"},
     "top_p_per_head": {"top_p": PER_HEAD},
@@ -311,6 +313,7 @@ def test_non_causal_stages_keep_their_causality():
 @pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["prism", "dense"])
 def test_every_call_is_recorded_once(config):
     q, k, v = qkv()
+    extras: dict[str, Any]
     for extras in ({}, {"return_lse": True}, {"return_mask": True}):
         with prism_cuda.record(times=True) as recording:
             prism_cuda.prefill(q, k, v, config=config, **extras)
@@ -399,7 +402,7 @@ def test_compiles_without_graph_breaks(estimator, top_p):
 
 
 SINKS = torch.tensor([0.5, -1.0, 4.0, 2.0])
-SCORES = {
+SCORES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": SINKS},
     "softcap": {"softcap": 1.5},
     "window": {"window_left": 70},
@@ -433,7 +436,7 @@ def dense_scores(q, k, v, scale, causal, sinks=None, softcap=None, window_left=N
 def test_scores_of_every_path(name, causal, config):
     if config is GRID:
         config = dataclasses.replace(config, top_p=1.0)
-    tensors = qkv(130, 300)
+    tensors: Any = qkv(130, 300)
     options = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
     expected, expected_lse = dense_scores(*tensors, 0.3, causal, **SCORES[name])
     out = prism_cuda.prefill(*tensors, **options)
@@ -461,7 +464,7 @@ def test_a_softcap_leaves_out_what_selection_leaves_out():
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])
 def test_windows_of_other_head_sizes(head_dim):
-    tensors = qkv(130, 300, head_dim)
+    tensors: Any = qkv(130, 300, head_dim)
     expected, _ = dense_scores(*tensors, head_dim**-0.5, True, window_left=40)
     close(prism_cuda.prefill(*tensors, config=SPARSE, window_left=40), expected)
 
@@ -490,7 +493,7 @@ def test_what_torch_s_attention_would_leave_out_is_refused(changes):
         prism_cuda.prefill(q, k, v[..., :32].contiguous(), **changes)
 
 
-WRONG = {
+WRONG: dict[str, Any] = {
     "v_shorter": (lambda q, k, v: (q, k, v[:, :, :150]), {}, r"v has shape \(2, 2, 150, 64\)"),
     "v_heads": (lambda q, k, v: (q, k, v[:, :1]), {}, r"v has shape \(2, 1, 300, 64\)"),
     "batch": (lambda q, k, v: (q, k[:1], v[:1]), {}, "k has batch size 1; expected q's, 2"),
@@ -533,7 +536,7 @@ def test_settings_that_do_not_fit_the_heads_are_refused_on_both_paths(config):
 
 @pytest.mark.parametrize("config", [EXACT, DENSE], ids=["prism", "dense"])
 def test_autocast_decides_by_the_dtype_it_computes_in(config):
-    tensors = qkv()
+    tensors: Any = qkv()
     low = [x.bfloat16() for x in tensors]
     want = prism_cuda.prefill(*low, config=config)
     with torch.autocast("cpu", dtype=torch.bfloat16), prism_cuda.record() as recording:
@@ -552,7 +555,7 @@ def test_autocast_decides_by_the_dtype_it_computes_in(config):
 
 def test_a_device_without_cuda_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(plan, "_decide", plan._decide.__wrapped__)
+    monkeypatch.setattr(plan, "_decide", inspect.unwrap(plan._decide))
     choice = prism_cuda.dispatch(9000, 9000, 128, torch.bfloat16, "cuda")
     assert choice.path == "dense" and "CUDA" in choice.reason
 
@@ -579,3 +582,20 @@ def test_fp8_keys_are_sent_to_prefill_varlen():
             call(q, k, v)
     with pytest.raises(ValueError, match=r"select_blocks: k has dtype"):
         prism_cuda.select_blocks(q, k)
+
+
+def test_layers_of_an_fp32_model_attend_in_autocast_s_dtype():
+    pytest.importorskip("transformers", minversion="5")
+    from helpers.models import MODELS
+
+    prism_cuda.register(EXACT, "prism-autocast")
+    model = MODELS["llama"].build().float()
+    ids = torch.randint(3, 90, (1, 200))
+    logits = {}
+    for implementation in ("sdpa", "prism-autocast"):
+        model.set_attn_implementation(implementation)
+        low = torch.autocast("cpu", dtype=torch.bfloat16)
+        with low, torch.no_grad(), prism_cuda.record() as recording:
+            logits[implementation] = model(ids).logits
+    assert {call.path for call in recording.calls} == {"prism"}
+    torch.testing.assert_close(logits["prism-autocast"], logits["sdpa"], atol=0.05, rtol=0.05)

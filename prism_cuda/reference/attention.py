@@ -47,12 +47,19 @@ def sparse_attention(
         of the softmax denominator, sink included. A row that sees nothing gets out 0, and as lse
         its sink or -inf; so do rows of q that belong to no sequence, without a sink.
     """
-    scores = (sinks, softcap, window_left, k_scale, v_scale)
-    settings = (q.shape[-1] ** -0.5 if scale is None else scale, causal)
     sizes = (q_block_size, k_block_size)
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bits: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _attend_dense(
+            q, k, v, bits, counts, q.shape[-1] ** -0.5 if scale is None else scale, causal, *sizes,
+            sinks, softcap, window_left, k_scale, v_scale,
+        )  # fmt: skip
+
     where = Sequences(**sequences)
     if not where.is_ragged():
-        return _attend_dense(q, k, v, bits, counts, *settings, *sizes, *scores)
+        return attend(q, k, v, bits, counts)
     out = torch.zeros_like(q)
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=accumulate_dtype(q.dtype))
     for b in range(where.count()):
@@ -61,10 +68,8 @@ def sparse_attention(
         q_blocks, k_blocks = where.blocks(rows.stop - rows.start, keys.shape[2], sizes)
         words = -(-k_blocks // WORD_BITS)
         own_bits, own_counts = bits[b, :, :q_blocks, :words], counts[b, :, :q_blocks]
-        own_out, own_lse = _attend_dense(
-            q[rows].transpose(0, 1)[None], keys, values, own_bits[None], own_counts[None],
-            *settings, *sizes, *scores,
-        )  # fmt: skip
+        queries = q[rows].transpose(0, 1)[None]
+        own_out, own_lse = attend(queries, keys, values, own_bits[None], own_counts[None])
         out[rows] = own_out[0].transpose(0, 1)
         lse[:, rows] = own_lse[0]
     return out, lse
@@ -105,13 +110,15 @@ def _attend_dense(
             row_counts = counts[b, h].tolist()
             for i, start in enumerate(range(0, q_len, q_block_size)):
                 rows = slice(start, min(start + q_block_size, q_len))
+                first = start + k_len - q_len
                 kept_tokens = kept[b, h, i].repeat_interleave(k_block_size)[:k_len]
                 columns = token[kept_tokens]
+                if causal:  # nobody sees what comes after the last row
+                    columns = columns[columns < first + rows.stop - start]
                 if row_counts[i] == 0 or not len(columns):
                     out[b, h, rows] = 0
                     lse[b, h, rows] = -math.inf if sinks is None else sinks[h]
                     continue
-                first = start + k_len - q_len
                 block_out, block_lse = _attend(
                     q[b, h, rows].to(dtype) * (scale * k_scales[g]),
                     k_head.index_select(0, columns),

@@ -116,7 +116,7 @@ def top_p_blocks(probs: torch.Tensor, visible: torch.Tensor, rules: Rules) -> to
 
 def select(
     probable: Callable[[torch.Tensor], torch.Tensor],
-    shape: tuple[int, int],
+    shape: Sequence[int],
     lengths: tuple[int, int],
     rules: Rules,
     causal: bool,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.params import needs_cuda
 from helpers.right_calls import RIGHT, Right
 from helpers.wrong_calls import OPS, WrongCall, gpu_allocations, op_of, wrong_calls
 from hypothesis import HealthCheck, Phase, given, settings
@@ -10,7 +11,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from prism_cuda import ops
 
 # On a GPU the refusals are the same code; a few show that nothing is launched.
-CALLS = {"cpu": 200, "cuda": 200}
+CALLS = [
+    pytest.param("cpu", 200, id="cpu"),
+    pytest.param("cpu", 2000, id="cpu-many", marks=pytest.mark.slow),
+    pytest.param("cuda", 200, id="cuda"),
+]
 
 
 def test_every_op_has_wrong_calls() -> None:
@@ -29,14 +34,17 @@ def test_every_argument_is_changed(name: str) -> None:
     assert set(OPS[name].mutations) == {argument.name for argument in schema.arguments}
 
 
+@pytest.mark.parametrize(("device", "calls"), CALLS)
 @pytest.mark.parametrize("name", OPS)
-def test_wrong_calls_are_refused_by_name(name: str, device: str) -> None:
+def test_wrong_calls_are_refused_by_name(name: str, device: str, calls: int) -> None:
+    if device == "cuda":
+        needs_cuda()
     op = op_of(name)
     prefix = f"prism::{name.split()[0]}"
     refused = 0
 
     @settings(
-        max_examples=CALLS[device] + 50,
+        max_examples=calls + 50,
         deadline=None,
         derandomize=True,
         database=None,
@@ -53,4 +61,4 @@ def test_wrong_calls_are_refused_by_name(name: str, device: str) -> None:
         refused += 1
 
     call()
-    assert refused >= CALLS[device]
+    assert refused >= calls

@@ -195,8 +195,8 @@ def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Te
     ends = (torch.arange(3, dtype=torch.int32, device=q.device) * half).clamp_max(length)
     return torch.ops.prism.prefill(
         *(x[0].transpose(0, 1) for x in (q, k, v)), "grid", [], [], [0.9], q_block_size=64,
-        k_block_size=64, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=half,
-        max_seqlen_k=half, dense_below=half // 2,
+        k_block_size=64, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=length,
+        max_seqlen_k=length, dense_below=half // 2,
     )  # fmt: skip
 
 

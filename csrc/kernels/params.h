@@ -25,6 +25,8 @@ enum class DType : int32_t { kFloat16, kBFloat16, kFloat8E4M3 };
 
 constexpr int kMaxBandRanges = 8;
 constexpr int kMaxHeadDim = 256;
+// Tokens of a sequence: a tile beyond them still has 32-bit positions.
+constexpr int kMaxLength = INT32_MAX - 256;
 // The widths that estimation has kernels for; rows of fewer dimensions are padded with zeros there.
 PRISM_HOST_DEVICE constexpr int64_t estimation_width(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : kMaxHeadDim;
@@ -93,6 +95,8 @@ struct RaggedBatch {
   PRISM_HOST_DEVICE bool is_ragged() const { return cu_seqlens_q != nullptr; }
   PRISM_HOST_DEVICE bool is_paged() const { return block_table != nullptr; }
   PRISM_HOST_DEVICE int page_size() const { return 1 << page_shift; }
+  // Tokens of a page that the pool does not have read as zeros.
+  PRISM_HOST_DEVICE bool has_page(int32_t page) const { return page >= 0 && page < pages; }
 };
 
 // Heads that may have rules of their own, in one call.
@@ -217,7 +221,7 @@ struct SparseAttentionParams {
   const int32_t* counts;         // (batch, q_heads, q_blocks), contiguous; set bits of each row
   int32_t* tile_counter;  // workspace of one element, for kernels that draw their tiles from it
   bool tile_counter_is_zero = false;  // already; otherwise the launch sees to it
-  bool overlaps = false;              // see launch.h
+  bool overlaps = false;  // may start before the kernels ahead have ended (common/launch.h)
   int64_t batch;
   int q_heads;
   int kv_heads;

@@ -13,8 +13,6 @@ namespace prism {
 
 namespace {
 
-constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 256;
-
 template <typename List>
 std::string list_string(const List& values) {
   std::ostringstream out;

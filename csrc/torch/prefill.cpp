@@ -62,9 +62,13 @@ namespace {
 // One allocation: the tile counter, and what the selection asks for behind it.
 class Workspace {
  public:
-  Workspace(const Tensor& like, int64_t bytes)
+  // The counter is cleared ahead of the selection, so that nothing comes between that and
+  // attention.
+  Workspace(const CudaContext& context, const Tensor& like, int64_t bytes)
       : tensor_(new_workspace(like, kCounterBytes + bytes)),
-        start_(static_cast<char*>(tensor_.data_ptr())) {}
+        start_(static_cast<char*>(tensor_.data_ptr())) {
+    context.check(cudaMemsetAsync(start_, 0, sizeof(int32_t), context.stream()));
+  }
 
   int32_t* counter() const { return reinterpret_cast<int32_t*>(start_); }
   void* selection() const { return start_ + kCounterBytes; }
@@ -78,7 +82,7 @@ Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
                            const SelectCall& select, const Mask& mask) {
   int64_t bytes = 0;
   if (call.estimator == Estimator::kAll) {
-    Workspace workspace(call.on, bytes);
+    Workspace workspace(context, call.on, bytes);
     KeepBlocksParams params;
     params.select = select_params(select, mask);
     params.window_left = window_of(call);
@@ -89,7 +93,7 @@ Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
     BandsParams params =
         bands_params({select, call.bands, /*k_means=*/std::nullopt, call.scores.k_scale}, mask);
     context.check(bands_workspace_bytes(params, &bytes));
-    Workspace workspace(call.on, bytes);
+    Workspace workspace(context, call.on, bytes);
     params.select.workspace = workspace.selection();
     context.check(launch_select_bands(params, context.sm(), context.stream()));
     keep_short(context, params.select, call.dense_below);
@@ -97,7 +101,7 @@ Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
   }
   GridParams params = grid_params({select, call.scale, std::nullopt, std::nullopt}, mask);
   context.check(grid_workspace_bytes(params, &bytes));
-  Workspace workspace(call.on, bytes);
+  Workspace workspace(context, call.on, bytes);
   params.select.workspace = workspace.selection();
   context.check(launch_select_grid(params, context.sm(), context.stream()));
   keep_short(context, params.select, call.dense_below);
@@ -118,6 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run(const PrefillCall& call) {
   Attention attention = new_attention(context, call, mask.bits, mask.counts);
   const Workspace workspace = launch_selection(context, call, select, mask);
   attention.params.tile_counter = workspace.counter();
+  // Nothing lies between the two, and each kernel of the selection waits for the one before it.
+  attention.params.tile_counter_is_zero = true;
+  attention.params.overlaps = true;
   launch(context, call.op, attention.params);
   return {attention.out, attention.lse, mask.bits, mask.counts};
 }

@@ -39,9 +39,6 @@ constexpr bool head_dim_supported(int64_t head_dim) {
   return head_dim > 0 && head_dim <= 256 && head_dim % 8 == 0;
 }
 
-// Tokens of a sequence: room for a tile beyond, in 32 bits.
-constexpr int kMaxLength = INT32_MAX - 256;
-
 // Rows that the coordinates of a ragged batch can tell apart (sm90/tensor_map.h).
 constexpr int64_t kMaxSliceRows = 0x7fff0000;
 

@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinCtas)
   extern __shared__ uint4 smem[];
   typename Shape::Rows rows(arguments, *reinterpret_cast<typename Shape::Storage*>(smem));
   wait_for_producer();
+  let_consumer_start();
   rows.run();
 }
 

@@ -39,7 +39,7 @@ __device__ inline Span k_span(const RaggedBatch& ragged, int sequence, int longe
   return span;
 }
 
-// Tokens of the pages of one sequence. A token whose page the pool does not have reads as zeros.
+// Tokens of the pages of one sequence.
 struct PagedTokens {
   const TensorView& pool;
   const RaggedBatch& ragged;
@@ -52,7 +52,7 @@ struct PagedTokens {
   template <typename Element>
   __device__ const Element* find(const Element* head, int token) const {
     const int32_t page = __ldg(pages + (token >> ragged.page_shift));
-    if (static_cast<uint32_t>(page) >= static_cast<uint32_t>(ragged.pages)) {
+    if (!ragged.has_page(page)) {
       return nullptr;
     }
     return head + page * pool.batch_stride + (token & (ragged.page_size() - 1)) * pool.row_stride;

@@ -25,6 +25,7 @@ __device__ void run_ragged(Cta& cta, const GridParams& params, GridTile& tile) {
   }
   __syncthreads();
   wait_for_producer();
+  let_consumer_start();
   while (true) {
     if (threadIdx.x < 32) {
       draw_tile(params.select, GridWorkspace(params, gridDim.x, true).tile_counter, tile);
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kMinGridCtas)
   const int64_t units = select.q_heads / select.kv_heads * select.q_blocks;
   const int64_t head_tiles = (units + cta_units - 1) / cta_units;
   wait_for_producer();
+  let_consumer_start();
   // The longest first, and every other round in reverse, so that all CTAs end up with as much.
   const int64_t ctas = gridDim.x;
 #pragma unroll 1

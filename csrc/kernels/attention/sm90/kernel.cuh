@@ -25,8 +25,9 @@
 #include "kernels/attention/sm90/loader.cuh"
 #include "kernels/attention/sm90/scheduler.cuh"
 #include "kernels/attention/sm90/tensor_map.h"
+#include "kernels/common/launch.h"
+#include "kernels/common/ptx.cuh"
 #include "kernels/describe.h"
-#include "kernels/launch.h"
 
 namespace prism::sm90 {
 

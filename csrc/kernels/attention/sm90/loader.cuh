@@ -173,7 +173,7 @@ struct Loader {
     if (slot < filled) {
       const int32_t page =
           __ldg(ragged.block_table + tile.kv_y * ragged.table_stride + (key >> ragged.page_shift));
-      if (static_cast<uint32_t>(page) < static_cast<uint32_t>(ragged.pages)) {
+      if (ragged.has_page(page)) {
         x = kSliceEnd - filled + slot;
         y = page * arguments.page_stride + filled;
       }

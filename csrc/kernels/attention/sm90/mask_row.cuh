@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-#include "kernels/attention/tile_coord.h"
+#include "kernels/common/warp.cuh"
 
 namespace prism::sm90 {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // One mask row, read 32 words (1024 key blocks) at a time: a word a lane. Blocks at and above
 // `block_end` are left out, whatever the mask says.

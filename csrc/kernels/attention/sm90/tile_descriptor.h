@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/attention/dispatch.h"
+#include "kernels/params.h"
 
 namespace prism::sm90 {
 

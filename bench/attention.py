@@ -10,11 +10,13 @@ block size and causality; implementations.py lists the kernels. Figures are CUDA
 inputs taken in turn and a flushed L2 (timing.py); eager rows are single calls on an idle GPU, and
 `host_us` what they take beyond a replay.
 
-A GPU under its power limit slows down as it warms up. The points of a group and all their kernels
-are therefore timed side by side: in each of three rounds every kernel gets a third of --budget-ms,
-in reversed order every second round. `ms` is the median of the three medians, `spread` how far they
-are apart. Compare rows of one group; `vs_base` compares prism's TFLOP/s with those of the group's
-first point. Of fa4's block-sparse variants the faster one counts, point by point.
+A GPU under its power limit slows down as it warms up, and as long as its last kernel made it. The
+points of a group and all their kernels are therefore timed side by side, in as many rounds as there
+are of them, ordered as a Latin square; each gets its share of --budget-ms in every round. `ms` is
+the median of the rounds' medians, `spread` how far they are apart, `clock_mhz` and `power_w` are
+nvidia-smi's means meanwhile. Compare rows of one group; `vs_base` compares prism's TFLOP/s with
+those of the group's first point. Of fa4's block-sparse variants the faster one counts, point by
+point.
 
 Before any timing, sampled rows of every output are compared with float64, in multiples of the error
 of plain PyTorch at the inputs' precision (`error_ratio`). Prism may be off by twice that and has to
@@ -53,7 +55,7 @@ from suites import (
     kept_density,
     suite,
 )
-from timing import MODES, capture, measure_alternating
+from timing import MODES, GpuLog, Timing, capture, measure_alternating
 
 DEVICE = "cuda"
 PRISM_ERROR_RATIO = 2.0
@@ -86,6 +88,7 @@ class Job:
 @dataclass
 class Bench:
     options: argparse.Namespace
+    gpu: GpuLog
     origin: Row | None = None
     rows: list[Row] = field(default_factory=list)
     broken: dict[tuple[object, ...], str] = field(default_factory=dict)
@@ -105,14 +108,14 @@ class Bench:
             except Exception as error:
                 self.add_error(point, "prism", error)
         try:
-            times = measure_alternating(
+            timings = measure_alternating(
                 [job.repetition for job in jobs], budget_ms=self.options.budget_ms
             )
         except Exception as error:
             for job in jobs:
                 self.add_error(job.point, job.impl, error)
             return
-        self.add_times(jobs, times)
+        self.add_times(jobs, timings)
 
     def draw(self, point: Point, length_first: bool) -> list[Inputs]:
         options = self.options
@@ -215,15 +218,16 @@ class Bench:
             raise Inaccurate(f"is off by {result.ratio:.3g} times plain PyTorch's error")
         return row
 
-    def add_times(self, jobs: list[Job], times: list[list[float]]) -> None:
+    def add_times(self, jobs: list[Job], timings: list[Timing]) -> None:
         best: dict[tuple[Point, str, str], Row] = {}
-        for job, rounds in zip(jobs, times, strict=True):
+        for job, timing in zip(jobs, timings, strict=True):
+            rounds = timing.rounds
             ms = median(rounds) / job.calls
             row = job.point.columns() | job.columns | {
                 "impl": job.impl, "variant": job.variant, "mode": job.mode, "ms": ms,
                 "tflops": job.flops / ms / 1e9,
                 "spread": (max(rounds) - min(rounds)) / median(rounds),
-            }  # fmt: skip
+            } | self.gpu.during(timing.spans)  # fmt: skip
             key = (job.point, job.impl, job.mode)
             if key in best:
                 slower, row = sorted((best[key], row), key=lambda r: r["ms"], reverse=True)
@@ -383,16 +387,18 @@ def main() -> int:
     import prism_cuda  # noqa: F401  registers the ops
 
     start = time.monotonic()
-    bench = Bench(options)
-    for group in groups:
-        if time.monotonic() - start > options.seconds:
-            for point in group:
-                bench.add_error(point, "prism", TimeoutError(f"left out after {options.seconds} s"))
-            continue
-        bench.run(group)
-        bench.save()
-        gc.collect()
-        torch.cuda.empty_cache()
+    with GpuLog() as gpu:
+        bench = Bench(options, gpu)
+        for group in groups:
+            if time.monotonic() - start > options.seconds:
+                late = TimeoutError(f"left out after {options.seconds} s")
+                for point in group:
+                    bench.add_error(point, "prism", late)
+                continue
+            bench.run(group)
+            bench.save()
+            gc.collect()
+            torch.cuda.empty_cache()
     bench.save()
     print_summary(bench.rows)
     print(f"{time.monotonic() - start:.0f} s on {torch.cuda.get_device_name()}")

@@ -115,7 +115,7 @@ def check(name: str, got: Result, want: Result, exactly: bool) -> None:
 def time_jobs(jobs: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
     replays = [capture(lambda _, job=job: job(), [None]) for job in jobs.values()]
     times = measure_alternating(replays, budget_ms=budget_ms)
-    return {name: median(of_job) for name, of_job in zip(jobs, times, strict=True)}
+    return {name: median(of_job.rounds) for name, of_job in zip(jobs, times, strict=True)}
 
 
 def one_sequence(length: int, density: float, options: argparse.Namespace) -> list[Row]:
@@ -209,7 +209,7 @@ def ragged_prefill(options: argparse.Namespace) -> list[Row]:
     }
     both = jobs | replays
     times = measure_alternating(list(both.values()), budget_ms=options.budget_ms)
-    medians = {name: median(of_job) for name, of_job in zip(both, times, strict=True)}
+    medians = {name: median(of_job.rounds) for name, of_job in zip(both, times, strict=True)}
     return [
         {"L": f"{len(MIX)} of 1 to {longest}", "density": "top-p 0.95", "layout": name, "ms": ms,
          "vs_contiguous": medians["one by one"] / ms}
@@ -239,7 +239,7 @@ def chunked(length: int, options: argparse.Namespace) -> list[Row]:
         (times,) = measure_alternating([by_chunks], rounds=3, budget_ms=options.budget_ms)
         rows.append(
             {"L": length, "density": "top-p 0.95", "layout": f"chunks of {chunk}",
-             "ms": median(times), "relative_change": float(error)}
+             "ms": median(times.rounds), "relative_change": float(error)}
         )  # fmt: skip
     for row in rows:
         row["vs_contiguous"] = rows[0]["ms"] / row["ms"]

@@ -20,6 +20,7 @@ SUITES = {
     "paper": (8192, 32768, 131072),
     "full": (8192, 32768, 131072),
     "scores": (8192, 32768),
+    "head64": (8192, 32768),
 }
 LONG = 65536  # longer inputs: fewer points, and slow peers only where they are the subject
 
@@ -93,11 +94,14 @@ def suite(name: str, lengths: Sequence[int], densities: Sequence[float]) -> list
 
     quick: one density and the full mask. paper: every density and the full mask at head_dim 128 in
     bfloat16. full: also structured masks and long rows, float16, key blocks of 64, head_dim 64 and
-    256, and non-causal masks. scores: up to 8K a soft cap and a window that hides nothing beside
+    256, and non-causal masks. head64: every density, key blocks of 64 and the full mask at head_dim
+    64. scores: up to 8K a soft cap and a window that hides nothing beside
     neither, beyond that a window of 4096, all under the full mask.
     """
     if name == "scores":
         return [_scores_group(length) for length in lengths]
+    if name == "head64":
+        return [group for length in lengths for group in _head64_groups(length, densities)]
     middle = densities[len(densities) // 2]
     if name == "quick":
         return [
@@ -182,6 +186,15 @@ def _head_dim_group(length: int, head_dim: int, density: float) -> Group:
     if length >= LONG:
         return [replace(base, impls=("prism", "fa4", "cudnn"))]
     return [base, replace(base, mask="random", density=density, impls=("prism", "prism_sm80"))]
+
+
+def _head64_groups(length: int, densities: Sequence[float]) -> list[Group]:
+    full = Point(length, "full", 1.0, ("prism", "fa4", "cudnn"), head_dim=64)
+    groups = [[full, replace(full, impls=("prism",), block=64)]]
+    for density in densities:
+        sparse = replace(full, mask="random", density=density, impls=("prism", "fa4"))
+        groups.append([sparse, replace(sparse, impls=("prism",), block=64)])
+    return groups
 
 
 def _video_groups(length: int, density: float) -> list[Group]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import threading
+import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from dataclasses import dataclass, field
+from statistics import fmean, median
 from typing import TypeVar
 
 import torch
@@ -87,23 +92,89 @@ def capture(call: Callable[[Inputs], object], inputs: Sequence[Inputs]) -> Calla
     return replay
 
 
-def measure_alternating(
-    jobs: Sequence[Callable[[], object]], *, rounds: int = 3, budget_ms: float = 100.0
-) -> list[list[float]]:
-    """Milliseconds of each job: its median in each of `rounds` rounds.
+@dataclass
+class Timing:
+    """Of one job."""
 
-    A round runs the jobs one after the other, in reversed order every second round, so that all of
-    them meet the same clocks. A job gets `budget_ms` over all rounds, and one repetition in each at
-    least. One repetition is what `measure` times: a call on an idle GPU with a cold L2.
+    rounds: list[float] = field(default_factory=list)  # median milliseconds in each round
+    spans: list[tuple[float, float]] = field(default_factory=list)  # their time.monotonic()
+
+
+def latin_square(size: int) -> list[list[int]]:
+    """Orders of `size` jobs in as many rounds: each job comes once at every place.
+
+    For an even size each also comes once behind every other; for an odd one twice behind half of
+    them (Williams).
     """
-    medians: list[list[float]] = [[] for _ in jobs]
-    for i in range(rounds):
-        for j in range(len(jobs)) if i % 2 == 0 else reversed(range(len(jobs))):
+    zigzag = [i // 2 if i % 2 == 0 else size - 1 - i // 2 for i in range(size)]
+    return [[(place + shift) % size for place in zigzag] for shift in range(size)]
+
+
+def measure_alternating(
+    jobs: Sequence[Callable[[], object]], *, rounds: int | None = None, budget_ms: float = 100.0
+) -> list[Timing]:
+    """Times the jobs in turns, so that all of them meet the same clocks and predecessors.
+
+    A round runs them one after the other, in the orders of a Latin square: as many rounds as jobs,
+    and three at least, unless `rounds` says otherwise. A job gets `budget_ms` over all rounds, and
+    one repetition in each at least. One repetition is what `measure` times: a call on an idle GPU
+    with a cold L2.
+    """
+    orders = latin_square(len(jobs))
+    rounds = max(3, len(jobs)) if rounds is None else rounds
+    timings = [Timing() for _ in jobs]
+    for i in range(rounds if jobs else 0):
+        for j in orders[i % len(orders)]:
+            start = time.monotonic()
             times: list[float] = []
             while not times or (sum(times) < budget_ms / rounds and len(times) < 100):
                 times.append(_elapsed_ms(jobs[j]))
-            medians[j].append(median(times))
-    return medians
+            timings[j].rounds.append(median(times))
+            timings[j].spans.append((start, time.monotonic()))
+    return timings
+
+
+class GpuLog:
+    """Clock and power of the first GPU, sampled by nvidia-smi while the context lasts."""
+
+    COLUMNS = ("clock_mhz", "power_w")
+
+    def __init__(self) -> None:
+        self._samples: list[tuple[float, float, float]] = []  # time.monotonic(), MHz, W
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> GpuLog:
+        query = "--query-gpu=clocks.sm,power.draw.instant"
+        command = ["nvidia-smi", "-i", "0", query, "--format=csv,noheader,nounits", "-lms", "20"]
+        try:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        except OSError:
+            return self  # no log without nvidia-smi
+        threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _read(self) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            now = time.monotonic()
+            with contextlib.suppress(ValueError):
+                clock, power = (float(word) for word in line.split(","))
+                self._samples.append((now, clock, power))
+
+    def during(self, spans: Sequence[tuple[float, float]]) -> dict[str, float]:
+        """Means over the spans; nothing if no sample lies within them."""
+        inside = [
+            sample[1:] for sample in self._samples if any(a <= sample[0] <= b for a, b in spans)
+        ]
+        if not inside:
+            return {}
+        return dict(zip(self.COLUMNS, map(fmean, zip(*inside, strict=True)), strict=True))
 
 
 def measure_once_if_long(

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import attention
 import masks
 import suites
+import timing
 from accuracy import accuracy, sample
 from implementations import BlockSparsity, Inputs, flex_window
 
@@ -229,7 +230,7 @@ def test_options_select_points() -> None:
 
 
 def test_times_become_rows_and_the_faster_variant_counts() -> None:
-    bench = attention.Bench(attention.parse(["--impls", "prism", "fa4"]))
+    bench = attention.Bench(attention.parse(["--impls", "prism", "fa4"]), timing.GpuLog())
     point = suites.Point(8192, "random", 0.25, ("prism", "fa4"), eager=("prism",))
     checked = {"group": 1, "kept_density": 0.3, "error_ratio": 1.0, "correct": True,
                "bit_identical": True}  # fmt: skip
@@ -240,7 +241,8 @@ def test_times_become_rows_and_the_faster_variant_counts() -> None:
     bench.add_times(
         [job("prism", "", "graph", 2), job("prism", "", "eager", 1),
          job("fa4", "causal", "graph", 2), job("fa4", "mask_mod", "graph", 2)],
-        [[2.0, 2.2, 1.9], [1.5, 1.5, 1.5], [4.0, 4.0, 4.0], [3.0, 3.0, 3.1]],
+        [timing.Timing(ms)
+         for ms in ([2.0, 2.2, 1.9], [1.5, 1.5, 1.5], [4.0, 4.0, 4.0], [3.0, 3.0, 3.1])],
     )  # fmt: skip
     rows = {(row["impl"], row["mode"]): row for row in bench.rows}
     assert rows["prism", "graph"]["ms"] == 1.0

@@ -12,10 +12,13 @@
 #include "kernels/attention/sm90/tile_descriptor.h"
 #include "kernels/params.h"
 
-// To be timed: PRISM_D64_LOOP 0: one set of scores, in turns; 1: without turns; 2: by halves;
-// 3: by halves, with the queries in registers.
+// To be timed, at head_dim 64 and 128. 0: one set of scores, in turns; 1: without turns; 2: by
+// halves of a key tile; 3: by halves, with the queries in registers.
 #ifndef PRISM_D64_LOOP
 #define PRISM_D64_LOOP 2
+#endif
+#ifndef PRISM_D128_LOOP
+#define PRISM_D128_LOOP 0
 #endif
 
 namespace prism::sm90 {
@@ -71,11 +74,14 @@ struct AttentionConfig {
   static constexpr int kStagesTile = 2;  // the tile in work and the next
   // Whether the consumers work key tiles off by halves (halves.cuh): where the products take no
   // longer than the softmax.
-  static constexpr bool kByHalves = kHeadDim == 64 && PRISM_D64_LOOP >= 2;
-  static constexpr bool kQueriesInRegisters = PRISM_D64_LOOP == 3;
+  static constexpr int kLoop = kHeadDim == 64    ? PRISM_D64_LOOP
+                               : kHeadDim == 128 ? PRISM_D128_LOOP
+                                                 : 1;
+  static constexpr bool kByHalves = kLoop >= 2;
+  static constexpr bool kQueriesInRegisters = kLoop == 3;
   // Whether the consumers take turns on the tensor cores. Beyond head_dim 128 products take so much
   // longer than the softmax that they need not.
-  static constexpr bool kTakeTurns = kHeadDim == 128 || (kHeadDim == 64 && PRISM_D64_LOOP == 0);
+  static constexpr bool kTakeTurns = kLoop == 0;
   // Whether P V of a key tile is still being computed while the softmax of the next one writes its
   // probabilities: into registers of their own.
   static constexpr bool kOverlapsOutput = true;

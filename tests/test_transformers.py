@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask  # noqa: E402
 
 import prism_cuda  # noqa: E402
 from prism_cuda import PrismConfig  # noqa: E402
-from prism_cuda.integrations import masks, rope  # noqa: E402
+from prism_cuda.integrations import masks, padded, rope  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
@@ -203,23 +203,45 @@ def test_padded_rows_select_as_alone():
     close(actual[:, 75:], alone)
 
 
-def test_mask_with_holes_and_4d_mask_run_dense():
+def test_masks_with_holes_are_sparse():
+    """As after several turns of left-padded prompts."""
     model = build()
-    ids = tokens(1, 200)
-    holes = torch.ones_like(ids)
-    holes[0, 50:60] = 0
-    expected = logits(model, "eager", ids, attention_mask=holes)
+    ids = tokens(2, 300)
+    real = torch.ones_like(ids)
+    real[0, 50:60] = 0
+    real[1, :20] = real[1, 100:131] = real[1, 260:] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
     with prism_cuda.record() as recording:
-        actual = logits(model, "prism", ids, attention_mask=holes)
-    close(actual[holes.bool()], expected[holes.bool()])
+        actual = logits(model, "prism", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
+    assert {(call.path, call.k_len) for call in recording.calls} == {
+        ("prism", 290),
+        ("prism", 209),
+    }
+
+
+def test_a_window_counts_the_tokens_of_a_hole():
+    """The kernels would not, so such a layer runs dense."""
+    model = build(MistralConfig, sliding_window=100)
+    ids = tokens(2, 300)
+    real = torch.ones_like(ids)
+    real[0, 50:110] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
     assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
+
+def test_a_token_level_mask_runs_dense():
+    model = build()
+    ids = tokens(1, 200)
     custom = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].clone()
     custom[..., 100:, :50] = False
-    close(
-        logits(model, "prism", ids, attention_mask=custom),
-        logits(model, "sdpa", ids, attention_mask=custom),
-    )
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=custom)
+    close(actual, logits(model, "sdpa", ids, attention_mask=custom))
+    assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
 
 def test_packed_sequences_run_dense_behind_a_mask():
@@ -418,13 +440,13 @@ def test_non_causal_layers_run_dense():
     close(logits(model, "prism", ids), logits(model, "sdpa", ids))
 
 
-@pytest.mark.parametrize("argument", ["position_bias", "block_table", "cache"])
+@pytest.mark.parametrize("argument", ["block_table", "cache", "unheard_of"])
 def test_unsupported_features_raise(argument):
     model = build()
     attention = transformers.AttentionInterface()["prism"]
     q = torch.zeros(1, 4, 10, 64)
     k = torch.zeros(1, 2, 10, 64)
-    with pytest.raises(NotImplementedError, match="prism: LlamaAttention uses"):
+    with pytest.raises(NotImplementedError, match="prism: LlamaAttention (uses|passes)"):
         attention(model.model.layers[0].self_attn, q, k, k, None, **{argument: torch.zeros(1)})
 
 
@@ -436,12 +458,25 @@ def test_unsupported_head_dim_runs_dense():
     assert "head_dim 36" in recording.calls[0].reason
 
 
-def test_spans_are_read_once_per_forward(monkeypatch):
+def test_the_host_does_not_read_a_padded_batch(monkeypatch):
+    """Only masks on the CPU, where it costs nothing; here they pass for another device's."""
+    monkeypatch.setattr(masks, "_readable", lambda x: False)
+    model = build()
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    expected = logits(model, "eager", ids)
+    with prism_cuda.record() as recording:
+        close(logits(model, "prism", ids, attention_mask=real), expected)
+    assert {call.path for call in recording.calls} == {"prism"}
+    real[0, :9] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    close(logits(model, "prism", ids, attention_mask=real)[real.bool()], expected[real.bool()])
+
+
+def test_padding_is_sorted_once_per_forward(monkeypatch):
     calls = []
-    original = masks._contiguous_spans
-    monkeypatch.setattr(
-        masks, "_contiguous_spans", lambda padding: calls.append(1) or original(padding)
-    )
+    original = padded._order
+    monkeypatch.setattr(padded, "_order", lambda *args: calls.append(1) or original(*args))
     ids = tokens(2, 200)
     real = torch.ones_like(ids)
     real[0, :9] = 0
@@ -449,12 +484,64 @@ def test_spans_are_read_once_per_forward(monkeypatch):
     assert len(calls) == 1
 
 
-def test_mask_is_none_without_padding():
+def test_a_causal_mask_is_never_none():
+    """None would mean "no mask" to layers that do not call themselves causal."""
     model = build()
     model.set_attn_implementation("prism")
     embeds = torch.zeros(2, 100, 128)
     for attention_mask in (None, torch.ones(2, 100)):
-        assert create_causal_mask(model.config, embeds, attention_mask, None) is None
+        mask = create_causal_mask(model.config, embeds, attention_mask, None)
+        assert masks.Causal.of(mask) == masks.Causal() and mask.numel() == 0
+        with pytest.raises(RuntimeError):
+            torch.zeros(2, 4, 100, 100) + mask
+        # generate makes masks ahead and passes them through the models' own making of masks.
+        assert create_causal_mask(model.config, embeds, mask, None) is mask
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_the_mask_function_made_is_causal_whatever_the_layer_says(padded):
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    if padded:
+        real[0, :20] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    for name in ("prism", "prism-default"):
+        with prism_cuda.record() as recording:
+            actual = logits(model, name, ids, attention_mask=real)
+        close(actual[real.bool()], expected[real.bool()])
+        assert {call.path for call in recording.calls} == {"prism" if name == "prism" else "dense"}
+
+
+@pytest.mark.parametrize(
+    ("window", "written", "real"),
+    [
+        (None, None, None),
+        (5, None, None),
+        (None, 7, None),
+        (5, 7, None),
+        (None, 3, [[True, False, True]]),
+        (2, 3, [[False, True, True], [True, True, True]]),
+    ],
+)
+def test_markers_say_what_they_were_made_of(window, written, real):
+    real = None if real is None else torch.tensor(real)
+    causal = masks.Causal(window, written, real)
+    batch = 1 if real is None else real.shape[0]
+    marker = causal.mark(batch, "cpu")
+    assert marker.dim() == 4 and marker.shape[0] == batch
+    for mask in (marker, marker.clone()):
+        said = masks.Causal.of(mask)
+        assert (said.window, said.written) == (window, written)
+        assert (said.real is None) == (real is None)
+        assert real is None or torch.equal(said.real, real)
+    assert marker.untyped_storage().nbytes() <= 1 + (0 if real is None else real.numel())
+    sliced = masks.Causal.of(marker[:, :, -1:, :])  # as Gemma 4 does
+    tokens_of = [c.token_mask(2, 9, "cpu").expand(batch, 1, 2, 9) for c in (causal, sliced)]
+    if written is not None:
+        assert torch.equal(*tokens_of)
 
 
 def bands_of(config, layer=0):

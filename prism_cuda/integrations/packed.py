@@ -6,11 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from prism_cuda import functional, ragged
-from prism_cuda.integrations.dense import LayerCall
-from prism_cuda.integrations.rope import chooser_of_layer
-from prism_cuda.integrations.warnings import warn_of_dense
-from prism_cuda.ragged import Sequences
+from prism_cuda.integrations import calls
+from prism_cuda.integrations.calls import LayerCall
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -42,7 +39,7 @@ def attend_packed(
             f"prism: cu_seq_lens_k has {k_ends.shape[0]} entries; expected {q_ends.shape[0]}, as "
             "many as cu_seq_lens_q"
         )
-    obstacle = _why_apart(call, query, value)
+    obstacle = calls.kernel_obstacle(call, query, value)
     if obstacle is not None:
         return _one_by_one(
             query, key, value, *_bounds(query, key, q_ends, k_ends, obstacle), attend
@@ -54,18 +51,6 @@ def attend_packed(
         max_q_len = max(*_lengths(q_bounds), query.shape[2] - q_bounds[-1])
         max_k_len = max(_lengths(k_bounds))
     return _at_once(call, query, key, value, q_ends, k_ends, int(max_q_len), int(max_k_len))
-
-
-def _why_apart(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve the batch in one launch, or None if they can."""
-    if value.shape[-1] != query.shape[-1]:
-        return f"v has head_dim {value.shape[-1]}, q has {query.shape[-1]}"
-    if not call.causal:
-        return "a non-causal layer"
-    if call.dropout > 0:
-        return "dropout"
-    kernel = functional.attention_kernel(query.shape[-1], query.dtype, query.device, call.config)
-    return kernel if kernel.startswith("unsupported") else None
 
 
 def _at_once(
@@ -83,33 +68,9 @@ def _at_once(
     q_ends = torch.cat([q_ends, q_ends.new_full((1,), query.shape[2])])
     k_ends = torch.cat([k_ends, k_ends[-1:]])
     q_ends, k_ends = (ends.to(query.device, torch.int32) for ends in (q_ends, k_ends))
-    where = Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
-    scores = call.kernel_scores()
-    head_dim = query.shape[-1]
-    chooser = None
-    selects = not call.dense and ragged.selects(where, call.config, scores)
-    if selects and not functional.is_estimated(head_dim, call.config):
-        warn_of_dense(
-            call.module,
-            functional.why_dense(max_q_len, max_k_len, head_dim, call.config, windowed=False),
-        )
-    elif selects:
-        chooser = chooser_of_layer(call.module, head_dim, call.config)
+    where = calls.Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, _, _, _ = ragged.run(
-        q,
-        k,
-        v,
-        where,
-        chooser,
-        call.config,
-        call.scale,
-        True,
-        scores,
-        dense="dense_layers" if call.dense else None,
-        layer_idx=call.layer_idx,
-    )
-    return out.transpose(0, 1)[None]
+    return calls.run_ragged(call, q, k, v, where).transpose(0, 1)[None]
 
 
 def _bounds(

@@ -27,8 +27,8 @@ def attend(
     """Dense attention (B, Hq, q, D), recorded.
 
     Args:
-        mask: (B, 1 or Hq, q, kv), bool or additive; None for none but the layer's own causality and
-            window, with the queries at the end of the keys.
+        mask: (B, 1 or Hq, q or 1, kv), bool or additive; None for none but the layer's own
+            causality and window, with the queries at the end of the keys.
     """
     q_len, k_len = query.shape[2], key.shape[2]
     needs_scores = call.softcap is not None or call.sinks is not None
@@ -74,7 +74,7 @@ def _eager(
             query[:, :, chunk],
             key,
             value,
-            None if mask is None else mask[:, :, chunk],
+            mask if mask is None or mask.shape[2] == 1 else mask[:, :, chunk],
             scaling=head_dim**-0.5 if call.scale is None else call.scale,
             dropout=call.dropout,
             softcap=call.softcap,

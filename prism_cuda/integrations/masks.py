@@ -7,8 +7,9 @@ One of three things reaches the layers:
   perhaps under a window, perhaps with padding. It has the four dimensions of a mask, so models pass
   it on and slice its queries; but of a dtype that neither adds to scores nor combines with masks,
   so whoever reads it as a mask fails instead of attending to everything.
-* A mask of (q, kv): (B, 1 or Hq, q, kv) bool or additive, for dense attention; or the (B, kv)
-  padding of a layer that makes no other.
+* A mask of (q, kv): (B, 1 or Hq, q, kv) bool or additive, for dense attention, (B, 1, 1, kv) or
+  (B, 1, 1, 1) where all queries see the same; or the (B, kv) padding of a layer that makes no
+  other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations.warnings import warn_once
@@ -129,12 +135,16 @@ def prism_mask(
             **kwargs,
         )
 
+    if mask_function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
+        return _bidirectional(batch_size, kv_length, kv_offset, attention_mask, device)
     could_be_sparse = (
         q_length >= prism_config.block_sizes[0] and kv_length >= prism_config.dense_below
     )
-    # A window that no key has left yet is plain causal; any other change forbids the skip.
-    window_open = local_size is not None and local_size >= kv_length
     sliding = local_size is not None and _is_sliding_window(config, local_size)
+    # A window that no key has left yet is plain causal, and so is the first chunk of chunked
+    # attention; any other change forbids the skip.
+    window_open = local_size is not None and local_size >= kv_length
+    window_open = window_open and (sliding or kv_offset == 0)
     causal = mask_function is causal_mask_function or window_open or sliding
     if not (allow_is_causal_skip and causal) or has_trained_index(config):
         if could_be_sparse:
@@ -166,6 +176,19 @@ def prism_mask(
         warn_once("prism: an attention_mask with holes runs dense under a sliding window.")
         return token_mask()
     return Causal(window, written, real).mark(batch_size, device)
+
+
+def _bidirectional(
+    batch: int, kv_length: int, kv_offset: int, attention_mask: torch.Tensor | None, device: Any
+) -> torch.Tensor:
+    """Of attention to all that is real, from every query; never None, which causal layers would
+    take for their own."""
+    if attention_mask is None:
+        return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
+    real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if real.device.type == "cpu" and _readable(real) and bool(real.all()):
+        return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
+    return F.pad(real, (0, kv_length - real.shape[1]))[:, None, None, :]
 
 
 def has_trained_index(config: Any) -> bool:

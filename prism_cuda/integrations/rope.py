@@ -172,6 +172,9 @@ def _quarter_turn(modeling_file: Any) -> list[float] | None:
     if rotate_half is not None:
         return rotate_half(x.view(1, 4)).flatten().tolist()
     head = x.view(1, 1, 1, 4)
+    rotate_pairs = getattr(modeling_file, "rotate_every_two", None)
+    if rotate_pairs is not None:
+        return rotate_pairs(head).flatten().tolist()
     by_angle = getattr(modeling_file, "apply_rotary_pos_emb", None)
     by_complex = getattr(modeling_file, "apply_rotary_emb", None)
     cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # one angle for each of the two pairs

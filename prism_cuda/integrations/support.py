@@ -89,12 +89,14 @@ def implementation_of(model: PreTrainedModel, name: str) -> str:
         NotImplementedError: if its class does not attend through transformers' interface.
     """
     model_class = type(model)
+    tower = not (model_class.can_generate() or hasattr(model.config, "vocab_size"))
+    tower = tower and not model.config.sub_configs
+    if tower and (_has_table(model_class) or why_unsupported(model_class)):
+        # The images or sounds of another model are seen as a whole: nothing would be sparse.
+        return "sdpa" if model_class._supports_sdpa else "eager"
     reason = why_unsupported(model_class)
     if reason is None:
         return name
-    if _is_tower(model_class):
-        # Its images or sounds are seen as a whole, which no layer would do sparsely.
-        return "sdpa" if model_class._supports_sdpa else "eager"
     raise NotImplementedError(
         f"prism: {model_class.__name__} {reason}; load the model with another attn_implementation"
     )
@@ -102,8 +104,7 @@ def implementation_of(model: PreTrainedModel, name: str) -> str:
 
 def why_unsupported(model_class: type[PreTrainedModel]) -> str | None:
     """Why a model class would not attend by an attention function that is registered, or None."""
-    through_interface = model_class._can_set_attn_implementation()
-    if _has_table(model_class) and (not through_interface or _is_tower(model_class)):
+    if _has_table(model_class) and not model_class._can_set_attn_implementation():
         return (
             "chooses its attention from a table of its own and not through transformers' "
             "attention interface"
@@ -122,12 +123,6 @@ def _has_table(model_class: type[PreTrainedModel]) -> bool:
     return any(
         isinstance(table, dict) and isinstance(table.get("eager"), type) for table in names.values()
     )
-
-
-def _is_tower(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model is another's encoder of images or sounds."""
-    reads_text = model_class.main_input_name in ("input_ids", "inputs_embeds")
-    return not reads_text and not model_class.can_generate()
 
 
 def check_arguments(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:

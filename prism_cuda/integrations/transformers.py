@@ -201,7 +201,12 @@ class PrismAttention:
         value: torch.Tensor,
         mask: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention under a (B, 1 or Hq, q, kv) mask, dense."""
+        """Attention under a (B, 1 or Hq, q or 1, kv or 1) mask, dense."""
+        if mask.dtype == torch.bool and mask.shape[2:] == (1, 1) != (query.shape[2], key.shape[2]):
+            everything = dataclasses.replace(call, causal=False)  # as prism_mask says so
+            reason = calls.why_dense(everything, query, key, value)
+            assert reason is not None
+            return dense.attend(everything, query, key, value, None, reason)
         reason = calls.why_dense(call, query, key, value, masked=True)
         assert reason is not None
         return dense.attend(call, query, key, value, mask, reason)

@@ -39,7 +39,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"attention_chunk_size", WINDOW),
     (r"moe_intermediate|expert_.*size|intermediate|ffn|d_ff|mlp_dim|n_inner|d_inner|inner_dim", 64),
     (r"hidden_size_per_layer|vocab_size_per_layer", 16),
-    (r"hidden_dim$|hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed|^dim$|emb_dim", 256),
+    (
+        r"hidden_dim$|hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed|^dim$|emb_dim",
+        256,
+    ),
     (r"projection_dim|text_dim|out_dim|output_dim|adapter_dim", 256),
     (r"state_size|d_state|ssm_state|mamba_d_state", 8),
     (r"conv_dim$", 32),

@@ -621,3 +621,70 @@ def test_nope_layers_are_one_low_band():
     attention.use_rope = False
     bands = rope.layer_bands(attention, 64, PrismConfig())
     assert bands.ranges == ([], [0, 64])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "my-flash-prism", "org/prism", "sdpa", "eager", "paged|prism", None, 3]
+)
+def test_names_that_transformers_reads_otherwise_are_refused(name):
+    with pytest.raises(ValueError, match="prism_cuda: name is"):
+        prism_cuda.register(name=name)
+
+
+def test_speculative_decoding_warns_of_nothing(monkeypatch):
+    """Its chunks of a few queries run dense, as they should."""
+    from prism_cuda.integrations import warnings
+
+    told = []
+    monkeypatch.setattr(warnings.logger, "warning_once", told.append)
+    model = build(num_hidden_layers=1)
+    model.set_attn_implementation("prism-default")
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 2400), past_key_values=cache)
+        for count in (5, 3, 6, 2):
+            model(tokens(1, count), past_key_values=cache)
+    assert told == []
+
+
+def test_layers_that_share_attention_have_no_index():
+    """Zamba's has layer_idx -1, which is no layer of dense_layers."""
+    model = build(num_hidden_layers=1)
+    model.model.layers[0].self_attn.layer_idx = -1
+    model.set_attn_implementation("prism")
+    with torch.no_grad(), prism_cuda.record() as recording:
+        model(tokens(1, 200), use_cache=False)
+    assert [(call.layer_idx, call.path) for call in recording.calls] == [(None, "prism")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position_embedding_type": None},
+        {
+            "rope_parameters": {"full_attention": None, "sliding_attention": {"rope_theta": 1e4}},
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ],
+)
+def test_bands_of_layers_whose_config_says_none(changes):
+    attention = build().model.layers[0].self_attn
+    for name, value in changes.items():
+        setattr(attention.config, name, value)
+    assert rope.layer_bands(attention, 64, PrismConfig()).ranges == ([], [0, 64])
+
+
+def test_position_biases_run_dense():
+    model = build()
+    attention = transformers.AttentionInterface()["prism"]
+    q, k = torch.randn(2, 4, 100, 64), torch.randn(2, 2, 100, 64)
+    bias = torch.randn(1, 4, 100, 100)
+    layer = model.model.layers[0].self_attn
+    with prism_cuda.record() as recording:
+        out, _ = attention(layer, q, k, k, masks.Causal().mark(2, "cpu"), position_bias=bias)
+    hidden = torch.ones(100, 100, dtype=torch.bool).triu(1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, k, bias.masked_fill(hidden, -torch.inf), enable_gqa=True
+    )
+    close(out.transpose(1, 2), expected)
+    assert [call.reason for call in recording.calls] == ["position biases"]

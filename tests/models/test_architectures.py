@@ -9,10 +9,9 @@ import pytest
 
 transformers = pytest.importorskip("transformers", minversion="5.24")
 
+import prism_cuda  # noqa: E402
 from models.architectures import ARCHITECTURES  # noqa: E402
 from models.checks import check  # noqa: E402
-
-import prism_cuda  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -101,13 +102,14 @@ def summary(outcome: dict[str, Any]) -> str:
 
 
 def page(outcomes: list[dict[str, Any]]) -> str:
-    import transformers
-
     groups: dict[str, list[dict[str, Any]]] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome["name"]):
         groups.setdefault(summary(outcome), []).append(outcome)
     counts = ", ".join(f"{len(group)} {name}" for name, group in sorted(groups.items()))
-    parts = [INTRODUCTION.format(version=transformers.__version__), f"{counts}.\n"]
+    parts = [
+        INTRODUCTION.format(version=importlib.metadata.version("transformers")),
+        f"{counts}.\n",
+    ]
     for title, name, reason in (
         ("Sparse", "sparse", reasons),
         ("Dense", "dense", reasons),

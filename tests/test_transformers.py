@@ -688,3 +688,17 @@ def test_position_biases_run_dense():
     )
     close(out.transpose(1, 2), expected)
     assert [call.reason for call in recording.calls] == ["position biases"]
+
+
+def test_a_padded_batch_is_one_graph():
+    """Its masks decide on the device, holes included."""
+    model = build(num_hidden_layers=1)
+    ids = tokens(2, 150)
+    real = torch.ones_like(ids)
+    real[0, :41] = real[1, 60:70] = 0
+    expected = logits(model, "eager", ids, attention_mask=real, use_cache=False)
+    model.set_attn_implementation("prism")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(ids, attention_mask=real, use_cache=False).logits
+    close(actual[real.bool()], expected[real.bool()])

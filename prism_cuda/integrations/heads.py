@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,7 +50,7 @@ def _of_part(config: PrismConfig, first: int, count: int, total: int) -> PrismCo
                 f"PrismConfig: dense_heads names head {head}; expected less than {total}, the "
                 "number of query heads"
             )
-    changes = {
+    changes: dict[str, Any] = {
         "dense_heads": tuple(head - first for head in config.dense_heads if first <= head < end)
     }
     for name, values in (("top_p", config.top_p), ("bands", config.bands_per_head())):

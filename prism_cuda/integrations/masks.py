@@ -121,7 +121,7 @@ def prism_mask(
     def token_mask() -> torch.Tensor:
         kwargs.pop("allow_is_bidirectional_skip", None)
         make = eager_mask if has_trained_index(config) else sdpa_mask
-        return make(
+        mask = make(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -134,6 +134,8 @@ def prism_mask(
             allow_is_causal_skip=False,
             **kwargs,
         )
+        assert mask is not None
+        return mask
 
     if mask_function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
         return _bidirectional(batch_size, kv_length, kv_offset, attention_mask, device)

@@ -79,7 +79,7 @@ def watch(is_ours: Callable[[str], bool]) -> None:
         return implementation_of(self, name) if is_ours(name) else name
 
     checked.prism_watches = True  # type: ignore[attr-defined]
-    PreTrainedModel.get_correct_attn_implementation = checked
+    PreTrainedModel.get_correct_attn_implementation = checked  # type: ignore[method-assign]
 
 
 def implementation_of(model: PreTrainedModel, name: str) -> str:

@@ -87,7 +87,18 @@ OVERRIDES: dict[str, Changes] = {
     "qwen4_exp_text": HYBRID | {"indexer_topk_blocks": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "t5": {"decoder_start_token_id": 0},
+    "whisper": {"max_source_positions": 100, "max_target_positions": 448},
+    "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
     "zamba2": MAMBA | {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
 }
-INPUTS: dict[str, Callable[[Any, torch.Tensor], dict[str, Any]]] = {}
+
+
+def _sounds(config: Any, ids: torch.Tensor) -> Changes:
+    frames = 2 * config.max_source_positions
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(ids.shape[0], config.num_mel_bins, frames, generator=generator)
+    return {"input_features": features, "decoder_input_ids": ids}
+
+
+INPUTS: dict[str, Callable[[Any, torch.Tensor], Changes]] = {"whisper": _sounds}

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from prism_cuda import _bits, reference
+from prism_cuda import reference
+from prism_cuda.bits import pack, unpack
+from prism_cuda.reference.blocks import Rules
 
 # q_len, k_len, q_block_size, k_block_size
 LENGTHS = {
@@ -30,11 +32,13 @@ def qkv(q_len, k_len, heads=4, kv_heads=2, dim=64, dtype=torch.float64):
     return q, k, torch.randn_like(k)
 
 
-def visible_by_token(q_len, k_len, q_size, k_size, causal):
+def visible_by_token(q_len, k_len, q_size, k_size, causal, window=None):
     """Block pairs with at least one visible token pair, found token by token."""
     mask = torch.zeros(-(-q_len // q_size), -(-k_len // k_size), dtype=torch.bool)
     for row in range(q_len):
-        for column in range(k_len if not causal else min(k_len, row + k_len - q_len + 1)):
+        position = row + k_len - q_len
+        first = 0 if window is None else max(position - window, 0)
+        for column in range(first, k_len if not causal else min(k_len, position + 1)):
             mask[row // q_size, column // k_size] = True
     return mask
 
@@ -97,8 +101,10 @@ def test_block_pool_returns_float32():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_visible_blocks(lengths, causal):
     q_len, k_len, q_size, k_size = lengths
-    actual = reference.visible_blocks(q_len, k_len, causal, q_size, k_size)
-    assert torch.equal(actual, visible_by_token(q_len, k_len, q_size, k_size, causal))
+    for window in (None, 0, 50, 64, 1000):
+        actual = reference.visible_blocks(q_len, k_len, causal, q_size, k_size, window_left=window)
+        expected = visible_by_token(q_len, k_len, q_size, k_size, causal, window)
+        assert torch.equal(actual, expected), window
 
 
 @pytest.mark.parametrize("keep_recent", [0, 1, 3])
@@ -124,7 +130,8 @@ def test_probable_blocks_row_by_row(top_p, keep_above):
     logits[2, 6, 9] = math.nan  # invisible: must not matter
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
     visible[0] = False
-    kept = reference.probable_blocks(logits, visible, top_p, keep_above)
+    above = None if keep_above is None else [keep_above]
+    kept = reference.probable_blocks(logits, visible, Rules([top_p], above))
     for head in range(5):
         for row in range(12):
             expected = pick_by_row(logits[head, row], visible[row], top_p, keep_above)
@@ -156,30 +163,29 @@ def test_zero_means_give_finite_logits():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_select_blocks_is_the_union(lengths, causal):
+def test_select_bands_is_the_union(lengths, causal):
     q_len, k_len, q_size, k_size = lengths
     q, k, _ = qkv(q_len, k_len)
     q_means, k_means = reference.block_pool(q, q_size), reference.block_pool(k, k_size)
     high, low = [0, 16, 32, 48], [8, 32, 40, 64]
-    bits, counts = reference.select_blocks(
-        q_means, k_means, q_len, k_len, high, low, 0.4, 2, 2, 0.1, causal, q_size, k_size
-    )
+    rules = Rules([0.4], [0.1], 2, 2)
+    arguments = (high, low, rules, causal, q_size, k_size)
+    bits, counts = reference.select_from_means(q_means, k_means, q_len, k_len, *arguments)
     visible = visible_by_token(q_len, k_len, q_size, k_size, causal)
     expected = reference.recent_blocks(q_len, k_len, 2, q_size, k_size)
     expected[:, :2] = True
     for band in (high, low):
         logits = reference.band_logits(q_means, k_means, band)
-        expected = expected | reference.probable_blocks(logits, visible, 0.4, 0.1)
-    kept = _bits.unpack(bits, visible.shape[1])
+        expected = expected | reference.probable_blocks(logits, visible, rules)
+    kept = unpack(bits, visible.shape[1])
     assert torch.equal(kept, (expected & visible).expand_as(kept))
     assert torch.equal(counts, kept.sum(-1, dtype=torch.int32))
 
 
 def test_an_empty_band_selects_nothing():
     means = torch.randn(1, 1, 4, 16)
-    _, counts = reference.select_blocks(
-        means, means, 256, 256, [], [], 0.9, 0, 0, None, True, 64, 64
-    )
+    nothing = Rules([0.9], None, 0, 0)
+    _, counts = reference.select_from_means(means, means, 256, 256, [], [], nothing, True, 64, 64)
     assert counts.eq(0).all()
 
 
@@ -190,9 +196,7 @@ def test_sparse_attention(lengths, causal):
     q, k, v = qkv(q_len, k_len)
     kept = torch.rand(2, 4, -(-q_len // q_size), -(-k_len // k_size)) < 0.5
     counts = kept.sum(-1, dtype=torch.int32)
-    out, lse = reference.sparse_attention(
-        q, k, v, _bits.pack(kept), counts, 0.3, causal, q_size, k_size
-    )
+    out, lse = reference.sparse_attention(q, k, v, pack(kept), counts, 0.3, causal, q_size, k_size)
     expected, expected_lse = attention_by_row(q, k, v, kept, 0.3, causal, q_size, k_size)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse.to(lse.dtype))
@@ -204,7 +208,7 @@ def test_sparse_attention_in_low_precision_and_strides():
     )
     kept = torch.ones(2, 4, 2, 2, dtype=torch.bool)
     counts = kept.sum(-1, dtype=torch.int32)
-    bits = _bits.pack(kept)
+    bits = pack(kept)
     out, lse = reference.sparse_attention(q, k, v, bits, counts, None, True, 64, 64)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     assert out.stride() == q.stride()
@@ -217,7 +221,7 @@ def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
     k[0, 0, 100] = math.nan
     kept = torch.ones(2, 4, 2, 2, dtype=torch.bool)
     counts = kept.sum(-1, dtype=torch.int32)
-    out, _ = reference.sparse_attention(q, k, v, _bits.pack(kept), counts, None, True, 64, 64)
+    out, _ = reference.sparse_attention(q, k, v, pack(kept), counts, None, True, 64, 64)
     assert out[0, :2, 100:].isnan().all()
     assert not out[0, :2, :100].isnan().any() and not out[0, 2:].isnan().any()
 
@@ -225,10 +229,10 @@ def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 64, 100])
 def test_pack_and_unpack(length):
     dense = torch.rand(3, 2, length) < 0.5
-    bits = _bits.pack(dense)
+    bits = pack(dense)
     assert bits.dtype == torch.int32 and bits.shape == (3, 2, -(-length // 32))
-    assert torch.equal(_bits.unpack(bits, length), dense)
+    assert torch.equal(unpack(bits, length), dense)
     for i in range(length):
         assert bool(bits[0, 0, i // 32] >> i % 32 & 1) == bool(dense[0, 0, i])
     if bits.numel():
-        assert not _bits.unpack(bits, 32 * bits.shape[-1])[..., length:].any()
+        assert not unpack(bits, 32 * bits.shape[-1])[..., length:].any()

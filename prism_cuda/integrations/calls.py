@@ -8,16 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from prism_cuda import functional, ragged
+from prism_cuda import plan, run
+from prism_cuda.batch import Batch
 from prism_cuda.config import PrismConfig
-from prism_cuda.functional import Scores
-from prism_cuda.integrations.rope import chooser_of_layer
+from prism_cuda.integrations.rope import config_of_layer
 from prism_cuda.integrations.warnings import warn_of_dense
-from prism_cuda.ragged import Sequences
+from prism_cuda.options import ScoreOptions
 
 __all__ = [
+    "Batch",
     "LayerCall",
-    "Sequences",
     "kernel_obstacle",
     "note_dense",
     "run_dense",
@@ -51,14 +51,15 @@ class LayerCall:
     softcap: float | None
     sinks: torch.Tensor | None
 
-    def scores(self) -> Scores:
+    def options(self) -> ScoreOptions:
         """Sinks, soft-capping and window, the sinks as the model has them."""
-        return Scores(self.sinks, self.softcap, None if self.window is None else self.window - 1)
+        window = None if self.window is None else self.window - 1
+        return ScoreOptions(self.sinks, self.softcap, window)
 
-    def kernel_scores(self) -> Scores:
+    def kernel_options(self) -> ScoreOptions:
         """The same as the ops take them."""
         sinks = None if self.sinks is None else self.sinks.float().contiguous()
-        return dataclasses.replace(self.scores(), sinks=sinks)
+        return dataclasses.replace(self.options(), sinks=sinks)
 
 
 def why_dense(
@@ -73,9 +74,9 @@ def why_dense(
     Args:
         masked: whether there is a mask, token by token.
     """
-    choice = functional.choose(query, key, value, call.config, call.scores())
-    if choice.path != "prism":
-        return choice.reason
+    chosen = plan.plan(query, key, value, call.config, call.options())
+    if chosen.path != "prism":
+        return chosen.reason
     if masked:
         return "a token-level mask"
     if not call.causal:
@@ -89,21 +90,13 @@ def run_sparse(
     call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention (B, Hq, q, D) of one sequence per row, recorded."""
-    choice = functional.choose(query, key, value, call.config, call.scores())
-    chooser = None
-    if choice.estimator is not None:
-        chooser = chooser_of_layer(call.module, query.shape[-1], call.config)
-    out, _, _ = functional.run_sparse(
-        query,
-        key,
-        value,
-        chooser,
-        call.config,
-        call.scale,
-        True,
-        choice.reason,
-        call.layer_idx,
-        call.kernel_scores(),
+    chosen = plan.plan(query, key, value, call.config, call.options())
+    config = call.config
+    if chosen.estimator is not None:
+        config = config_of_layer(call.module, query.shape[-1], config)
+    options = call.kernel_options()
+    out, _, _, _ = run.run(
+        chosen, query, key, value, config, options, scale=call.scale, layer_idx=call.layer_idx
     )
     return out
 
@@ -112,14 +105,22 @@ def run_dense(
     call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, reason: str
 ) -> torch.Tensor:
     """Causal attention by torch, recorded, without what torch does not know."""
-    return functional.run_dense(
-        query, key, value, call.scale, True, reason, call.layer_idx, call.dropout
+    out, _, _, _ = run.run(
+        plan.Plan("dense", "sdpa", reason),
+        query,
+        key,
+        value,
+        call.config,
+        scale=call.scale,
+        layer_idx=call.layer_idx,
+        dropout=call.dropout,
     )
+    return out
 
 
 def note_dense(call: LayerCall, query: torch.Tensor, key: torch.Tensor, reason: str) -> None:
     """Record a dense call that runs elsewhere."""
-    functional.note_dense(reason, query, key, call.layer_idx)
+    run.note_dense(reason, query, key, call.layer_idx)
 
 
 def kernel_obstacle(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -130,37 +131,37 @@ def kernel_obstacle(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -
         return "a non-causal layer"
     if call.dropout > 0:
         return "dropout"
-    kernel = functional.attention_kernel(query.shape[-1], query.dtype, query.device, call.config)
+    kernel = plan.attention_kernel(
+        query.shape[-1], query.dtype, query.device, call.config.block_sizes
+    )
     return kernel if kernel.startswith("unsupported") else None
 
 
 def run_ragged(
-    call: LayerCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: Sequences
+    call: LayerCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
 ) -> torch.Tensor:
     """Causal attention (total_q, Hq, D) of a ragged batch in one launch, recorded; the host does
     not know its lengths."""
-    scores = call.kernel_scores()
-    head_dim = q.shape[-1]
-    chooser = None
-    selects = not call.dense and ragged.selects(where, call.config, scores)
-    if selects and not functional.is_estimated(head_dim, call.config):
-        lengths = (where.max_seqlen_q, where.max_seqlen_k)
-        warn_of_dense(
-            call.module, functional.why_dense(*lengths, head_dim, call.config, windowed=False)
-        )
-    elif selects:
-        chooser = chooser_of_layer(call.module, head_dim, call.config)
-    out, _, _, _ = ragged.run(
+    head_dim, config, options = q.shape[-1], call.config, call.kernel_options()
+    chosen = plan.plan(q, k, v, config, options, batch=batch)
+    if call.dense:
+        chosen = plan.dense(chosen, "dense_layers")
+    elif chosen.estimator is not None:
+        reason = plan.why_not_estimated(head_dim, config)
+        if reason is None:
+            config = config_of_layer(call.module, head_dim, config)
+        else:
+            warn_of_dense(call.module, reason)
+            chosen = plan.dense(chosen, reason)
+    out, _, _, _ = run.run(
+        chosen,
         q,
         k,
         v,
-        where,
-        chooser,
-        call.config,
-        call.scale,
-        True,
-        scores,
-        dense="dense_layers" if call.dense else None,
+        config,
+        options,
+        scale=call.scale,
         layer_idx=call.layer_idx,
+        batch=batch,
     )
     return out

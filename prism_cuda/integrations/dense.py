@@ -32,7 +32,7 @@ def attend(
     """
     q_len, k_len = query.shape[2], key.shape[2]
     needs_scores = call.softcap is not None or call.sinks is not None
-    windowed = call.scores().windowed(k_len)
+    windowed = call.options().windowed(k_len)
     if mask is None and call.causal and not (needs_scores or windowed):
         return calls.run_dense(call, query, key, value, reason)
     calls.note_dense(call, query, key, reason)

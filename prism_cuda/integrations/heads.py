@@ -25,6 +25,9 @@ def config_of_heads(module: nn.Module, q_heads: int, config: PrismConfig) -> Pri
     """
     if not _names_heads(config):
         return config
+    if torch.compiler.is_compiling():
+        rank, ranks = _shard(module)
+        return _of_part(config, rank * q_heads, q_heads, ranks * q_heads)
     of_layer = _local.setdefault(module, {})
     local = of_layer.get((config, q_heads))
     if local is None:

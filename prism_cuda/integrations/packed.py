@@ -68,9 +68,9 @@ def _at_once(
     q_ends = torch.cat([q_ends, q_ends.new_full((1,), query.shape[2])])
     k_ends = torch.cat([k_ends, k_ends[-1:]])
     q_ends, k_ends = (ends.to(query.device, torch.int32) for ends in (q_ends, k_ends))
-    where = calls.Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
+    batch = calls.Batch(q_ends, k_ends, None, None, max_q_len, max_k_len)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return calls.run_ragged(call, q, k, v, where).transpose(0, 1)[None]
+    return calls.run_ragged(call, q, k, v, batch).transpose(0, 1)[None]
 
 
 def _bounds(

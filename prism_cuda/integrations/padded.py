@@ -65,8 +65,8 @@ def attend_padded(
     rows = torch.arange(batch, device=query.device)[:, None]
     q = query.transpose(1, 2)[rows, order.queries]
     k, v = (x.transpose(1, 2)[rows, order.keys] for x in (key, value))
-    where = calls.Sequences(order.q_ends, order.k_ends, order.used, None, q_len, written)
-    gathered = calls.run_ragged(call, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), where)
+    ragged = calls.Batch(order.q_ends, order.k_ends, order.used, None, q_len, written)
+    gathered = calls.run_ragged(call, q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), ragged)
     out = torch.empty_like(q)
     out[rows, order.queries] = gathered.unflatten(0, (batch, q_len))
     return out.transpose(1, 2)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from prism_cuda import plan
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import calls, dense, support
 from prism_cuda.integrations.calls import LayerCall
@@ -112,6 +113,7 @@ class PrismAttention:
         support.check_arguments(module, kwargs)
         if kwargs.get("output_attentions"):
             warn_once("prism: attention weights are never computed; none are returned.")
+        query, key, value = plan.computed(query, key, value)
         causal = Causal.of(attention_mask)
         if causal is not None:
             is_causal, sliding_window = True, causal.window

@@ -28,10 +28,11 @@ SETTINGS = $(PY) $(PRISM_CUDA_ARCHS) cpu:$(PRISM_CPU_ONLY) $(CUDA_HOME) $(CUTLAS
   $(shell git rev-parse HEAD 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test demo quality lint format cmake clean FORCE
+.PHONY: help venv build test test-models demo quality lint format cmake clean FORCE
 
 help:
 	@echo 'make test    build, then run the tests'
+	@echo 'make test-models every architecture of transformers, most of an hour; writes docs/models.md'
 	@echo 'make demo    build, then run a model with dense and with sparse attention'
 	@echo 'make quality selection quality against density on the testbed, into build/quality'
 	@echo 'make build   compile the ops library in place'
@@ -61,6 +62,9 @@ build/settings: FORCE
 
 test: build
 	$(PY) -m pytest tests -q
+
+test-models: build
+	$(PY) tools/model_table.py
 
 demo: build
 	$(PY) -m prism_cuda demo

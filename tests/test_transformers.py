@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask  # noqa: E402
 
 import prism_cuda  # noqa: E402
 from prism_cuda import PrismConfig  # noqa: E402
-from prism_cuda.integrations import masks, rope  # noqa: E402
+from prism_cuda.integrations import masks, padded, rope  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
@@ -203,23 +203,45 @@ def test_padded_rows_select_as_alone():
     close(actual[:, 75:], alone)
 
 
-def test_mask_with_holes_and_4d_mask_run_dense():
+def test_masks_with_holes_are_sparse():
+    """As after several turns of left-padded prompts."""
     model = build()
-    ids = tokens(1, 200)
-    holes = torch.ones_like(ids)
-    holes[0, 50:60] = 0
-    expected = logits(model, "eager", ids, attention_mask=holes)
+    ids = tokens(2, 300)
+    real = torch.ones_like(ids)
+    real[0, 50:60] = 0
+    real[1, :20] = real[1, 100:131] = real[1, 260:] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
     with prism_cuda.record() as recording:
-        actual = logits(model, "prism", ids, attention_mask=holes)
-    close(actual[holes.bool()], expected[holes.bool()])
+        actual = logits(model, "prism", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
+    assert {(call.path, call.k_len) for call in recording.calls} == {
+        ("prism", 290),
+        ("prism", 209),
+    }
+
+
+def test_a_window_counts_the_tokens_of_a_hole():
+    """The kernels would not, so such a layer runs dense."""
+    model = build(MistralConfig, sliding_window=100)
+    ids = tokens(2, 300)
+    real = torch.ones_like(ids)
+    real[0, 50:110] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=real)
+    close(actual[real.bool()], expected[real.bool()])
     assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
+
+def test_a_token_level_mask_runs_dense():
+    model = build()
+    ids = tokens(1, 200)
     custom = torch.ones(200, 200, dtype=torch.bool).tril()[None, None].clone()
     custom[..., 100:, :50] = False
-    close(
-        logits(model, "prism", ids, attention_mask=custom),
-        logits(model, "sdpa", ids, attention_mask=custom),
-    )
+    with prism_cuda.record() as recording:
+        actual = logits(model, "prism", ids, attention_mask=custom)
+    close(actual, logits(model, "sdpa", ids, attention_mask=custom))
+    assert {call.reason for call in recording.calls} == {"a token-level mask"}
 
 
 def test_packed_sequences_run_dense_behind_a_mask():
@@ -418,13 +440,13 @@ def test_non_causal_layers_run_dense():
     close(logits(model, "prism", ids), logits(model, "sdpa", ids))
 
 
-@pytest.mark.parametrize("argument", ["position_bias", "block_table", "cache"])
+@pytest.mark.parametrize("argument", ["block_table", "cache", "unheard_of"])
 def test_unsupported_features_raise(argument):
     model = build()
     attention = transformers.AttentionInterface()["prism"]
     q = torch.zeros(1, 4, 10, 64)
     k = torch.zeros(1, 2, 10, 64)
-    with pytest.raises(NotImplementedError, match="prism: LlamaAttention uses"):
+    with pytest.raises(NotImplementedError, match="prism: LlamaAttention (uses|passes)"):
         attention(model.model.layers[0].self_attn, q, k, k, None, **{argument: torch.zeros(1)})
 
 
@@ -436,12 +458,25 @@ def test_unsupported_head_dim_runs_dense():
     assert "head_dim 36" in recording.calls[0].reason
 
 
-def test_spans_are_read_once_per_forward(monkeypatch):
+def test_the_host_does_not_read_a_padded_batch(monkeypatch):
+    """Only masks on the CPU, where it costs nothing; here they pass for another device's."""
+    monkeypatch.setattr(masks, "_readable", lambda x: False)
+    model = build()
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    expected = logits(model, "eager", ids)
+    with prism_cuda.record() as recording:
+        close(logits(model, "prism", ids, attention_mask=real), expected)
+    assert {call.path for call in recording.calls} == {"prism"}
+    real[0, :9] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    close(logits(model, "prism", ids, attention_mask=real)[real.bool()], expected[real.bool()])
+
+
+def test_padding_is_sorted_once_per_forward(monkeypatch):
     calls = []
-    original = masks._contiguous_spans
-    monkeypatch.setattr(
-        masks, "_contiguous_spans", lambda padding: calls.append(1) or original(padding)
-    )
+    original = padded._order
+    monkeypatch.setattr(padded, "_order", lambda *args: calls.append(1) or original(*args))
     ids = tokens(2, 200)
     real = torch.ones_like(ids)
     real[0, :9] = 0
@@ -449,12 +484,64 @@ def test_spans_are_read_once_per_forward(monkeypatch):
     assert len(calls) == 1
 
 
-def test_mask_is_none_without_padding():
+def test_a_causal_mask_is_never_none():
+    """None would mean "no mask" to layers that do not call themselves causal."""
     model = build()
     model.set_attn_implementation("prism")
     embeds = torch.zeros(2, 100, 128)
     for attention_mask in (None, torch.ones(2, 100)):
-        assert create_causal_mask(model.config, embeds, attention_mask, None) is None
+        mask = create_causal_mask(model.config, embeds, attention_mask, None)
+        assert masks.Causal.of(mask) == masks.Causal() and mask.numel() == 0
+        with pytest.raises(RuntimeError):
+            torch.zeros(2, 4, 100, 100) + mask
+        # generate makes masks ahead and passes them through the models' own making of masks.
+        assert create_causal_mask(model.config, embeds, mask, None) is mask
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_the_mask_function_made_is_causal_whatever_the_layer_says(padded):
+    model = build()
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids = tokens(2, 200)
+    real = torch.ones_like(ids)
+    if padded:
+        real[0, :20] = 0
+    expected = logits(model, "eager", ids, attention_mask=real)
+    for name in ("prism", "prism-default"):
+        with prism_cuda.record() as recording:
+            actual = logits(model, name, ids, attention_mask=real)
+        close(actual[real.bool()], expected[real.bool()])
+        assert {call.path for call in recording.calls} == {"prism" if name == "prism" else "dense"}
+
+
+@pytest.mark.parametrize(
+    ("window", "written", "real"),
+    [
+        (None, None, None),
+        (5, None, None),
+        (None, 7, None),
+        (5, 7, None),
+        (None, 3, [[True, False, True]]),
+        (2, 3, [[False, True, True], [True, True, True]]),
+    ],
+)
+def test_markers_say_what_they_were_made_of(window, written, real):
+    real = None if real is None else torch.tensor(real)
+    causal = masks.Causal(window, written, real)
+    batch = 1 if real is None else real.shape[0]
+    marker = causal.mark(batch, "cpu")
+    assert marker.dim() == 4 and marker.shape[0] == batch
+    for mask in (marker, marker.clone()):
+        said = masks.Causal.of(mask)
+        assert (said.window, said.written) == (window, written)
+        assert (said.real is None) == (real is None)
+        assert real is None or torch.equal(said.real, real)
+    assert marker.untyped_storage().nbytes() <= 1 + (0 if real is None else real.numel())
+    sliced = masks.Causal.of(marker[:, :, -1:, :])  # as Gemma 4 does
+    tokens_of = [c.token_mask(2, 9, "cpu").expand(batch, 1, 2, 9) for c in (causal, sliced)]
+    if written is not None:
+        assert torch.equal(*tokens_of)
 
 
 def bands_of(config, layer=0):
@@ -534,3 +621,84 @@ def test_nope_layers_are_one_low_band():
     attention.use_rope = False
     bands = rope.layer_bands(attention, 64, PrismConfig())
     assert bands.ranges == ([], [0, 64])
+
+
+@pytest.mark.parametrize(
+    "name", ["", "my-flash-prism", "org/prism", "sdpa", "eager", "paged|prism", None, 3]
+)
+def test_names_that_transformers_reads_otherwise_are_refused(name):
+    with pytest.raises(ValueError, match="prism_cuda: name is"):
+        prism_cuda.register(name=name)
+
+
+def test_speculative_decoding_warns_of_nothing(monkeypatch):
+    """Its chunks of a few queries run dense, as they should."""
+    from prism_cuda.integrations import warnings
+
+    told = []
+    monkeypatch.setattr(warnings.logger, "warning_once", told.append)
+    model = build(num_hidden_layers=1)
+    model.set_attn_implementation("prism-default")
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 2400), past_key_values=cache)
+        for count in (5, 3, 6, 2):
+            model(tokens(1, count), past_key_values=cache)
+    assert told == []
+
+
+def test_layers_that_share_attention_have_no_index():
+    """Zamba's has layer_idx -1, which is no layer of dense_layers."""
+    model = build(num_hidden_layers=1)
+    model.model.layers[0].self_attn.layer_idx = -1
+    model.set_attn_implementation("prism")
+    with torch.no_grad(), prism_cuda.record() as recording:
+        model(tokens(1, 200), use_cache=False)
+    assert [(call.layer_idx, call.path) for call in recording.calls] == [(None, "prism")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position_embedding_type": None},
+        {
+            "rope_parameters": {"full_attention": None, "sliding_attention": {"rope_theta": 1e4}},
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ],
+)
+def test_bands_of_layers_whose_config_says_none(changes):
+    attention = build().model.layers[0].self_attn
+    for name, value in changes.items():
+        setattr(attention.config, name, value)
+    assert rope.layer_bands(attention, 64, PrismConfig()).ranges == ([], [0, 64])
+
+
+def test_position_biases_run_dense():
+    model = build()
+    attention = transformers.AttentionInterface()["prism"]
+    q, k = torch.randn(2, 4, 100, 64), torch.randn(2, 2, 100, 64)
+    bias = torch.randn(1, 4, 100, 100)
+    layer = model.model.layers[0].self_attn
+    with prism_cuda.record() as recording:
+        out, _ = attention(layer, q, k, k, masks.Causal().mark(2, "cpu"), position_bias=bias)
+    hidden = torch.ones(100, 100, dtype=torch.bool).triu(1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, k, bias.masked_fill(hidden, -torch.inf), enable_gqa=True
+    )
+    close(out.transpose(1, 2), expected)
+    assert [call.reason for call in recording.calls] == ["position biases"]
+
+
+def test_a_padded_batch_is_one_graph():
+    """Its masks decide on the device, holes included."""
+    model = build(num_hidden_layers=1)
+    ids = tokens(2, 150)
+    real = torch.ones_like(ids)
+    real[0, :41] = real[1, 60:70] = 0
+    expected = logits(model, "eager", ids, attention_mask=real, use_cache=False)
+    model.set_attn_implementation("prism")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(ids, attention_mask=real, use_cache=False).logits
+    close(actual[real.bool()], expected[real.bool()])

@@ -1,30 +1,102 @@
 """The attention mask of a transformers forward pass, in the form that Prism layers take.
 
-One of four things reaches the layers:
+One of three things reaches the layers:
 
-* ``None``: causal, no padding, queries at the end of the keys.
-* bool (B, n): the same with padding; True marks real tokens, which are contiguous in every row.
-  Keys from n on do not exist yet (the unwritten tail of a static cache).
-* bool (B, w, n): the same under a sliding window of w keys, expanded over w without memory; n is 0
-  where there is no padding. Not every model tells its layers of the window.
-* bool (B, 1, q, kv): anything else, for dense attention.
+* ``None``: the model asked for no mask; the layer's own ``is_causal`` decides, as for sdpa.
+* A **marker** that :func:`prism_mask` made, see :class:`Causal`: causal, whatever the layer says,
+  perhaps under a window, perhaps with padding. It has the four dimensions of a mask, so models pass
+  it on and slice its queries; but of a dtype that neither adds to scores nor combines with masks,
+  so whoever reads it as a mask fails instead of attending to everything.
+* A mask of (q, kv): (B, 1 or Hq, q, kv) bool or additive, for dense attention, (B, 1, 1, kv) or
+  (B, 1, 1, 1) where all queries see the same; or the (B, kv) padding of a layer that makes no
+  other.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    eager_mask,
+    sdpa_mask,
+)
 
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations.warnings import warn_once
 
-Span = tuple[int, int]
+MARKER_DTYPE = torch.float8_e5m2
 
-# Where the spans of a padding mask are kept on it, so that only the first layer reads them back.
-_SPANS = "_prism_spans"
+# Layers that attend to what their own trained index picks. They are written for the masks of eager
+# attention (DeepSeek-V4 appends additive terms), and run dense.
+TRAINED_INDEX_LAYERS = frozenset(
+    {
+        "indexed_attention",
+        "minimax_m3_sparse",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Causal:
+    """What a marker says: queries stand at the end of the keys that there are.
+
+    Attributes:
+        window: keys that a query sees, its own included; None for all.
+        written: how many keys there are; later ones are the unwritten tail of a static cache. None
+            for as many as the layer has.
+        real: bool (B, written), which of them are tokens and not padding; None for all of them.
+
+    As a tensor it is (B, window + 1 or 1, rows, written or 0), expanded where no padding is told;
+    the rows are 2 where all keys are known to be real, as a slice of which is still right.
+    """
+
+    window: int | None = None
+    written: int | None = None
+    real: torch.Tensor | None = None
+
+    def mark(self, batch: int, device: Any) -> torch.Tensor:
+        """The marker."""
+        windows = 1 if self.window is None else self.window + 1
+        if self.real is not None:
+            keys = self.real.to(torch.uint8).view(MARKER_DTYPE)[:, None, None, :]
+            return keys.expand(-1, windows, -1, -1)
+        if self.written is None:
+            return torch.empty(batch, windows, 1, 0, dtype=MARKER_DTYPE, device=device)
+        one = torch.ones(1, 1, 1, 1, dtype=torch.uint8, device=device).view(MARKER_DTYPE)
+        return one.expand(batch, windows, 2, self.written)
+
+    @classmethod
+    def of(cls, mask: torch.Tensor | None) -> Causal | None:
+        """What a marker says; None for any other mask."""
+        if mask is None or mask.dtype != MARKER_DTYPE:
+            return None
+        _, windows, rows, written = mask.shape
+        window = windows - 1 if windows > 1 else None
+        if written == 0:
+            return cls(window)
+        if rows > 1:
+            return cls(window, written)
+        return cls(window, written, mask.view(torch.uint8)[:, 0, 0] != 0)
+
+    def token_mask(self, q_len: int, k_len: int, device: torch.device) -> torch.Tensor:
+        """Bool (B or 1, 1, q_len, k_len): what is seen, token by token."""
+        written = k_len if self.written is None else self.written
+        position = torch.arange(written - q_len, written, device=device)[:, None]
+        key = torch.arange(k_len, device=device)[None, :]
+        visible = key <= position
+        if self.window is not None:
+            visible = visible & (key > position - self.window)
+        visible = visible[None, None]
+        if self.real is not None:
+            visible = visible & F.pad(self.real, (0, k_len - written))[:, None, None, :]
+        return visible
 
 
 def prism_mask(
@@ -39,15 +111,17 @@ def prism_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """Mask function for transformers' AttentionMaskInterface; see the module's docstring.
 
     q_offset is an int, or a 0-d tensor where the cache is static.
     """
+    config, device = kwargs.get("config"), kwargs.get("device")
 
-    def token_mask() -> torch.Tensor | None:
+    def token_mask() -> torch.Tensor:
         kwargs.pop("allow_is_bidirectional_skip", None)
-        return sdpa_mask(
+        make = eager_mask if has_trained_index(config) else sdpa_mask
+        mask = make(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -60,54 +134,68 @@ def prism_mask(
             allow_is_causal_skip=False,
             **kwargs,
         )
+        assert mask is not None
+        return mask
 
-    # A window that no key has left yet is plain causal; any other change forbids the skip.
-    window = local_size if allow_is_causal_skip else None
-    window_open = window is not None and window >= kv_length
-    sliding = window is not None and _is_sliding_window(kwargs.get("config"), window)
-    if mask_function is not causal_mask_function and not (window_open or sliding):
-        if _could_be_sparse(prism_config, q_length, kv_length):
+    if mask_function is bidirectional_mask_function and kwargs.get("allow_is_bidirectional_skip"):
+        return _bidirectional(batch_size, kv_length, kv_offset, attention_mask, device)
+    could_be_sparse = (
+        q_length >= prism_config.block_sizes[0] and kv_length >= prism_config.dense_below
+    )
+    sliding = local_size is not None and _is_sliding_window(config, local_size)
+    # A window that no key has left yet is plain causal, and so is the first chunk of chunked
+    # attention; any other change forbids the skip.
+    window_open = local_size is not None and local_size >= kv_length
+    window_open = window_open and (sliding or kv_offset == 0)
+    causal = mask_function is causal_mask_function or window_open or sliding
+    if not (allow_is_causal_skip and causal) or has_trained_index(config):
+        if could_be_sparse:
             warn_once(
                 "prism: attention other than causal (packed sequences without lengths, chunked, "
                 "bidirectional or custom masks) runs dense, with a (q, kv) mask in memory."
             )
         return token_mask()
-    hiding = window if mask_function is not causal_mask_function and not window_open else None
+    window = local_size if mask_function is not causal_mask_function and not window_open else None
     growing = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
     # A step of decode shares one mask among its layers.
-    if attention_mask is None and growing and not (hiding is not None and q_length == 1):
-        return _without_padding(batch_size, hiding, kwargs.get("device"))
-    if not _could_be_sparse(prism_config, q_length, kv_length):
+    if attention_mask is None and growing and not (window is not None and q_length == 1):
+        return Causal(window).mark(batch_size, device)
+    if not could_be_sparse:
         return token_mask()
 
     # Keys after the last query are the unwritten tail of a static cache.
     written = min(int(q_offset) + q_length - kv_offset, kv_length)
+    whole = Causal(window, None if written == kv_length else written)
     if attention_mask is None:
-        padding = torch.ones(batch_size, written, dtype=torch.bool, device=kwargs.get("device"))
-    else:
-        padding = attention_mask[:, kv_offset : kv_offset + written].bool()
-        padding = F.pad(padding, (0, written - padding.shape[1]))
-    spans = _contiguous_spans(padding)
-    if spans is None:
-        warn_once("prism: an attention_mask with holes runs dense.")
+        return whole.mark(batch_size, device)
+    real = attention_mask[:, kv_offset : kv_offset + written].bool()
+    real = F.pad(real, (0, written - real.shape[1]))
+    # Of a larger batch the host learns nothing: its contents decide on the device.
+    if _readable(real) and (real.device.type == "cpu" or batch_size == 1) and bool(real.all()):
+        return whole.mark(batch_size, device)
+    if window is not None and not (_readable(real) and _without_holes(real)):
+        # A window counts the tokens of a hole, which the kernels never see.
+        warn_once("prism: an attention_mask with holes runs dense under a sliding window.")
         return token_mask()
-    if written == kv_length and all(span == (0, written) for span in spans):
-        return _without_padding(batch_size, hiding, padding.device)
-    if hiding is not None:
-        padding = padding[:, None, :].expand(-1, hiding, -1)
-    setattr(padding, _SPANS, spans)
-    return padding
+    return Causal(window, written, real).mark(batch_size, device)
 
 
-def mask_window(mask: torch.Tensor) -> int:
-    """Keys that a query sees, its own included, under a (B, w, n) mask."""
-    return mask.shape[1]
+def _bidirectional(
+    batch: int, kv_length: int, kv_offset: int, attention_mask: torch.Tensor | None, device: Any
+) -> torch.Tensor:
+    """Of attention to all that is real, from every query; never None, which causal layers would
+    take for their own."""
+    if attention_mask is None:
+        return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
+    real = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if real.device.type == "cpu" and _readable(real) and bool(real.all()):
+        return torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
+    return F.pad(real, (0, kv_length - real.shape[1]))[:, None, None, :]
 
 
-def _without_padding(batch: int, window: int | None, device: Any) -> torch.Tensor | None:
-    if window is None:
-        return None
-    return torch.empty(batch, window, 0, dtype=torch.bool, device=device)
+def has_trained_index(config: Any) -> bool:
+    """Whether a model has layers of :data:`TRAINED_INDEX_LAYERS`."""
+    return not TRAINED_INDEX_LAYERS.isdisjoint(getattr(config, "layer_types", None) or ())
 
 
 def _is_sliding_window(config: Any, local_size: int) -> bool:
@@ -116,68 +204,14 @@ def _is_sliding_window(config: Any, local_size: int) -> bool:
     return not chunked and getattr(config, "sliding_window", None) == local_size
 
 
-def token_mask(
-    q_len: int,
-    k_len: int,
-    device: torch.device,
-    padding: torch.Tensor | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Bool (B or 1, 1, q_len, k_len): what causal queries see, token by token.
-
-    Args:
-        padding: bool (B, n), the real tokens; queries end at the n-th key. None: at the last one.
-        window: keys that a query sees, its own included; None for all.
-    """
-    written = k_len if padding is None else padding.shape[1]
-    position = torch.arange(written - q_len, written, device=device)[:, None]
-    key = torch.arange(k_len, device=device)[None, :]
-    visible = key <= position
-    if window is not None:
-        visible = visible & (key > position - window)
-    visible = visible[None, None]
-    if padding is not None:
-        visible = visible & F.pad(padding, (0, k_len - written))[:, None, None, :]
-    return visible
+def _readable(x: torch.Tensor) -> bool:
+    """Whether the host may read x: not while a graph is traced or captured."""
+    if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def row_spans(padding: torch.Tensor) -> list[Span]:
-    """(first, end) of the real tokens of every row of a bool (B, n) or (B, window, n) mask.
-
-    Reads the device only if :func:`prism_mask` did not make this very tensor.
-
-    Raises:
-        ValueError: if the real tokens of a row are not contiguous.
-    """
-    spans = getattr(padding, _SPANS, None)
-    if spans is None:
-        spans = _contiguous_spans(padding if padding.dim() == 2 else padding[:, 0])
-        if spans is None:
-            raise ValueError("prism: attention_mask has holes; its rows must be contiguous")
-        setattr(padding, _SPANS, spans)
-    return spans
-
-
-def _could_be_sparse(prism_config: PrismConfig, q_length: int, kv_length: int) -> bool:
-    """Whether a call of this size would be sparse if its mask allowed it."""
-    return q_length >= prism_config.block_sizes[0] and kv_length >= prism_config.dense_below
-
-
-def _contiguous_spans(padding: torch.Tensor) -> list[Span] | None:
-    """Spans of the True runs of every row, or None if a row has several."""
-    length = padding.shape[1]
-    if length == 0:
-        return [(0, 0)] * padding.shape[0]
-    real = padding.int()
-    first = real.argmax(-1)
-    end = length - real.flip(-1).argmax(-1)
-    count = real.sum(-1)
-    spans: list[Span] = []
-    for row_first, row_end, row_count in torch.stack([first, end, count], -1).tolist():
-        if row_count == 0:
-            spans.append((0, 0))
-        elif row_end - row_first == row_count:
-            spans.append((row_first, row_end))
-        else:
-            return None
-    return spans
+def _without_holes(real: torch.Tensor) -> bool:
+    """Whether the real tokens of every row follow one another; read by the host."""
+    starts = real & ~F.pad(real, (1, 0))[:, :-1]
+    return bool((starts.sum(-1) <= 1).all())

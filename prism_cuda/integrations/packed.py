@@ -6,11 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from prism_cuda import plan, run
-from prism_cuda.batch import Batch
-from prism_cuda.integrations.dense import LayerCall
-from prism_cuda.integrations.rope import config_of_layer
-from prism_cuda.integrations.warnings import warn_of_dense
+from prism_cuda.integrations import calls
+from prism_cuda.integrations.calls import LayerCall
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -42,7 +39,7 @@ def attend_packed(
             f"prism: cu_seq_lens_k has {k_ends.shape[0]} entries; expected {q_ends.shape[0]}, as "
             "many as cu_seq_lens_q"
         )
-    obstacle = _why_apart(call, query, value)
+    obstacle = calls.kernel_obstacle(call, query, value)
     if obstacle is not None:
         return _one_by_one(
             query, key, value, *_bounds(query, key, q_ends, k_ends, obstacle), attend
@@ -54,20 +51,6 @@ def attend_packed(
         max_q_len = max(*_lengths(q_bounds), query.shape[2] - q_bounds[-1])
         max_k_len = max(_lengths(k_bounds))
     return _at_once(call, query, key, value, q_ends, k_ends, int(max_q_len), int(max_k_len))
-
-
-def _why_apart(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve the batch in one launch, or None if they can."""
-    if value.shape[-1] != query.shape[-1]:
-        return f"v has head_dim {value.shape[-1]}, q has {query.shape[-1]}"
-    if not call.causal:
-        return "a non-causal layer"
-    if call.dropout > 0:
-        return "dropout"
-    kernel = plan.attention_kernel(
-        query.shape[-1], query.dtype, query.device, call.config.block_sizes
-    )
-    return kernel if kernel.startswith("unsupported") else None
 
 
 def _at_once(
@@ -85,31 +68,9 @@ def _at_once(
     q_ends = torch.cat([q_ends, q_ends.new_full((1,), query.shape[2])])
     k_ends = torch.cat([k_ends, k_ends[-1:]])
     q_ends, k_ends = (ends.to(query.device, torch.int32) for ends in (q_ends, k_ends))
-    batch = Batch(q_ends, k_ends, None, None, max_q_len, max_k_len)
+    batch = calls.Batch(q_ends, k_ends, None, None, max_q_len, max_k_len)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    head_dim, config, options = query.shape[-1], call.config, call.kernel_options()
-    chosen = plan.plan(q, k, v, config, options, batch=batch)
-    if call.dense:
-        chosen = plan.dense(chosen, "dense_layers")
-    elif chosen.estimator is not None:
-        reason = plan.why_not_estimated(head_dim, config)
-        if reason is None:
-            config = config_of_layer(call.module, head_dim, config)
-        else:
-            warn_of_dense(call.module, reason)
-            chosen = plan.dense(chosen, reason)
-    out, _, _, _ = run.run(
-        chosen,
-        q,
-        k,
-        v,
-        config,
-        options,
-        scale=call.scale,
-        layer_idx=call.layer_idx,
-        batch=batch,
-    )
-    return out.transpose(0, 1)[None]
+    return calls.run_ragged(call, q, k, v, batch).transpose(0, 1)[None]
 
 
 def _bounds(

@@ -107,7 +107,7 @@ def inverse_frequencies(
         ValueError: if the config holds no RoPE base.
     """
     parameters = getattr(model_config, "rope_parameters", None) or {}
-    per_layer = bool(parameters) and all(isinstance(value, dict) for value in parameters.values())
+    per_layer = any(isinstance(value, dict) for value in parameters.values())
     if per_layer:
         parameters = parameters.get(layer_type) or {}
     if not parameters.get("rope_theta"):
@@ -132,7 +132,9 @@ def _layer_type(module: torch.nn.Module) -> str | None:
         return layer_type
     layer_types = getattr(module.config, "layer_types", None)
     layer_idx = getattr(module, "layer_idx", None)
-    return layer_types[layer_idx] if layer_types and layer_idx is not None else None
+    if not layer_types or layer_idx is None or layer_idx < 0:
+        return None
+    return layer_types[layer_idx]
 
 
 def _rotates(module: torch.nn.Module) -> bool:
@@ -143,8 +145,14 @@ def _rotates(module: torch.nn.Module) -> bool:
         windowed = "sliding_attention" in (getattr(module.config, "layer_types", None) or [])
         forced = getattr(module, "force_rope", False)
         return forced or not windowed or _layer_type(module) == "sliding_attention"
-    if "rope" not in getattr(module.config, "position_embedding_type", "rope"):
+    if "rope" not in (getattr(module.config, "position_embedding_type", "rope") or "none"):
         return False
+    parameters = getattr(module.config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in parameters.values()):
+        # One entry for every type of layers; None for those that do not rotate.
+        layer_type = _layer_type(module)
+        if layer_type in parameters and parameters[layer_type] is None:
+            return False
     # Learned positions, ALiBi or none: such configs have no word of rotary embedding.
     return any("rope" in name or "rotary" in name for name in vars(module.config))
 
@@ -176,6 +184,9 @@ def _quarter_turn(modeling_file: Any) -> list[float] | None:
     if rotate_half is not None:
         return rotate_half(x.view(1, 4)).flatten().tolist()
     head = x.view(1, 1, 1, 4)
+    rotate_pairs = getattr(modeling_file, "rotate_every_two", None)
+    if rotate_pairs is not None:
+        return rotate_pairs(head).flatten().tolist()
     by_angle = getattr(modeling_file, "apply_rotary_pos_emb", None)
     by_complex = getattr(modeling_file, "apply_rotary_emb", None)
     cos, sin = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # one angle for each of the two pairs

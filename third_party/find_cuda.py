@@ -30,8 +30,13 @@ def cpu_only() -> bool:
     return value == "1"
 
 
+def packaged_toolkit(folder: Path) -> Path:
+    """Return the toolkit's root among PyPI's CUDA 13 packages installed into `folder`."""
+    return folder / "nvidia" / "cu13"
+
+
 def find_nvcc() -> Path:
-    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH or /usr/local/cuda, in this order."""
+    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda or get_cuda.py's, in this order."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             nvcc = Path(home) / "bin" / "nvcc"
@@ -42,14 +47,18 @@ def find_nvcc() -> Path:
                 )
             return nvcc
     on_path = shutil.which("nvcc")
-    nvcc = Path(on_path) if on_path else Path("/usr/local/cuda/bin/nvcc")
-    if not nvcc.is_file():
-        raise CudaError(
-            "no nvcc was found: install the CUDA toolkit "
-            f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME, or set "
-            "PRISM_CPU_ONLY=1 to build without CUDA"
-        )
-    return nvcc
+    candidates = [Path(on_path)] if on_path else []
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates.append(packaged_toolkit(Path(sys.prefix) / "cuda") / "bin" / "nvcc")
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return nvcc
+    raise CudaError(
+        "no nvcc was found: install the CUDA toolkit "
+        f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME; or run `{sys.executable} "
+        "third_party/get_cuda.py`, which takes CUDA 13.0's compiler from PyPI (270 MB); or set "
+        "PRISM_CPU_ONLY=1 to build without CUDA"
+    )
 
 
 def check_nvcc(nvcc: Path) -> str:
@@ -102,6 +111,17 @@ def parse_archs(text: str) -> list[str]:
 def wanted_archs() -> list[str]:
     """Return the architectures of $PRISM_CUDA_ARCHS, or the default ones."""
     return parse_archs(os.environ.get("PRISM_CUDA_ARCHS", DEFAULT_ARCHS))
+
+
+def gpu_archs() -> list[str]:
+    """Return the architectures of this machine's GPUs that kernels can run on, oldest first."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []  # no driver, or one without a GPU
+    found = {int(major) * 10 + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", text)}
+    return [f"{arch}a" if arch == 90 else str(arch) for arch in sorted(found) if arch >= MINIMUM_ARCH]
 
 
 def gencode_flags(archs: list[str]) -> list[str]:

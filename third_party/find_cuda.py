@@ -1,7 +1,8 @@
 """Find the CUDA toolkit and say which GPU architectures to compile for.
 
 As a program: `find_cuda.py nvcc` prints the compiler's path, `find_cuda.py archs` the
-architectures, `find_cuda.py gencode` the nvcc flags for them, each as a CMake list.
+architectures, `find_cuda.py gencode` the nvcc flags for them and `find_cuda.py size` those about
+the library's size, each as a CMake list.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ def gpu_archs() -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         return []  # no driver, or one without a GPU
     found = {int(major) * 10 + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", text)}
-    return [f"{arch}a" if arch == 90 else str(arch) for arch in sorted(found) if arch >= MINIMUM_ARCH]
+    return [
+        f"{arch}a" if arch == 90 else str(arch) for arch in sorted(found) if arch >= MINIMUM_ARCH
+    ]
 
 
 def gencode_flags(archs: list[str]) -> list[str]:
@@ -136,6 +139,22 @@ def gencode_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def line_info() -> bool:
+    """Whether $PRISM_LINEINFO asks for source lines in the kernels, for profilers."""
+    value = os.environ.get("PRISM_LINEINFO", "")
+    if value not in ("", "0", "1"):
+        raise CudaError(f"PRISM_LINEINFO is {value!r}; allowed are 1, 0 and nothing")
+    return value == "1"
+
+
+def size_flags(nvcc_version: str) -> list[str]:
+    """Return nvcc's flags about the size of what it makes: source lines and compression."""
+    flags = ["-lineinfo"] if line_info() else []
+    if tuple(map(int, nvcc_version.split("."))) >= (12, 8):
+        flags.append("--compress-mode=size")
+    return flags
+
+
 def _main(what: str) -> str:
     if what == "nvcc":
         nvcc = find_nvcc()
@@ -145,7 +164,9 @@ def _main(what: str) -> str:
         return ";".join(wanted_archs())
     if what == "gencode":
         return ";".join(gencode_flags(wanted_archs()))
-    raise CudaError(f"unknown request {what!r}; allowed are nvcc, archs, gencode")
+    if what == "size":
+        return ";".join(size_flags(check_nvcc(find_nvcc())))
+    raise CudaError(f"unknown request {what!r}; allowed are nvcc, archs, gencode, size")
 
 
 if __name__ == "__main__":

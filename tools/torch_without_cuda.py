@@ -1,17 +1,20 @@
 """Let a CUDA build of torch run on a CPU without NVIDIA's libraries, which are gigabytes.
 
-python tools/torch_without_cuda.py SITE_PACKAGES
+PYTHON tools/torch_without_cuda.py      PYTHON: of an environment with `pip install --no-deps torch`
 
 PyPI has no CPU builds of torch, and the dynamic linker wants every library that a CUDA build is
-linked with. For tests on a CPU stand-ins do: libraries with the symbols that torch asks for, each
-a function that returns 100, cudaErrorNoDevice. For environments that are thrown away only.
+linked with. For tests on a CPU the small CUDA runtime and stand-ins do: libraries with the symbols
+that torch asks for, each a function that returns 100, cudaErrorNoDevice. For environments that
+are thrown away only.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
+import sysconfig
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,6 +23,16 @@ SYSTEM = re.compile(r"lib(c|m|dl|rt|pthread|gcc_s|stdc\+\+|gomp)\.so|ld-linux")
 
 def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def runtime_requirement() -> str:
+    """Return the package of the CUDA runtime among those that the installed torch names."""
+    for requirement in importlib.metadata.requires("torch") or ():
+        if match := re.match(r"nvidia-cuda-runtime-cu12==[\d.]+", requirement):
+            return match[0]
+        if match := re.match(r"cuda-toolkit\[.*\]==([\d.]+)", requirement):
+            return f"cuda-toolkit[cudart]=={match[1]}"
+    raise SystemExit("error: this torch names no CUDA runtime")
 
 
 def missing_libraries(folder: Path) -> dict[str, dict[str, set[str]]]:
@@ -39,9 +52,11 @@ def missing_libraries(folder: Path) -> dict[str, dict[str, set[str]]]:
         undefined = output("nm", "-D", "--undefined-only", "--with-symbol-versions", file)
         for name, version in re.findall(r" [Uw] (\w+)(?:@+(\S+))?$", undefined, re.MULTILINE):
             symbols[version].add(name)
+    present = {path.name for path in (folder.parents[1] / "nvidia").rglob("lib*.so.*")}
+    present |= {path.name for path in folder.iterdir()}
     result = {}
-    for library in needed:
-        if SYSTEM.match(library) or (folder / library).exists():
+    for library in needed - present:
+        if SYSTEM.match(library):
             continue
         result[library] = {version: symbols[version] for version in versions[library]}
         if not result[library]:  # its symbols have no version, but its name in front: ncclSend
@@ -64,11 +79,13 @@ def write_stand_in(library: Path, versions: dict[str, set[str]]) -> None:
     script.unlink(missing_ok=True)
 
 
-def main(site_packages: Path) -> None:
-    folder = site_packages / "torch" / "lib"
+def main() -> None:
+    command = [sys.executable, "-m", "pip", "install", "-q", runtime_requirement()]
+    subprocess.run(command, check=True)
+    folder = Path(sysconfig.get_path("purelib")) / "torch" / "lib"
     for name, versions in missing_libraries(folder).items():
         write_stand_in(folder / name, versions)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

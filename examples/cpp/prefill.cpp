@@ -8,6 +8,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <optional>

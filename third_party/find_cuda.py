@@ -150,7 +150,7 @@ def line_info() -> bool:
 def size_flags(nvcc_version: str) -> list[str]:
     """Return nvcc's flags about the size of what it makes: source lines and compression."""
     flags = ["-lineinfo"] if line_info() else []
-    if tuple(map(int, nvcc_version.split("."))) >= (12, 8):
+    if tuple(map(int, nvcc_version.split("."))) >= (13, 0):  # older drivers cannot read it
         flags.append("--compress-mode=size")
     return flags
 

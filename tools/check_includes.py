@@ -1,4 +1,6 @@
-"""Check that C++ files include what they use of the standard library: `check_includes.py [FOLDER …]`.
+"""Check that C++ files include what they use of the standard library.
+
+`check_includes.py [FOLDER …]`, default: all folders.
 
 Standard libraries include each other's headers, each version different ones. A file that leaves
 out <cstdint> compiles with one gcc and not with the next, which no single compiler shows.
@@ -35,7 +37,7 @@ ROOTS = [Path("csrc"), Path("prism_cuda/include"), Path("tests/cpp"), Path("exam
 
 @functools.cache
 def included(path: Path) -> frozenset[str]:
-    """Return the standard headers that a file includes, itself or through this project's headers."""
+    """Return the standard headers that a file includes, directly or through ours."""
     text = path.read_text()
     names = set(re.findall(r"^\s*#\s*include\s*<(\w+)>", text, re.MULTILINE))
     for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', text, re.MULTILINE):

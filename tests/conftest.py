@@ -8,6 +8,10 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes many seconds on the CPU")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -16,9 +20,9 @@ def _seed() -> None:
 @pytest.fixture
 def needs_library() -> None:
     """Skip where the ops library is not built; everything above the reference needs it."""
-    from prism_cuda import _ops
+    from prism_cuda import ops
 
-    if not _ops.is_loaded():
+    if not ops.is_loaded():
         pytest.skip("the ops library is not built")
 
 

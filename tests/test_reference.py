@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from prism_cuda import _bits, reference
+from prism_cuda.reference.blocks import Rules
 
 # q_len, k_len, q_block_size, k_block_size
 LENGTHS = {
@@ -30,11 +31,13 @@ def qkv(q_len, k_len, heads=4, kv_heads=2, dim=64, dtype=torch.float64):
     return q, k, torch.randn_like(k)
 
 
-def visible_by_token(q_len, k_len, q_size, k_size, causal):
+def visible_by_token(q_len, k_len, q_size, k_size, causal, window=None):
     """Block pairs with at least one visible token pair, found token by token."""
     mask = torch.zeros(-(-q_len // q_size), -(-k_len // k_size), dtype=torch.bool)
     for row in range(q_len):
-        for column in range(k_len if not causal else min(k_len, row + k_len - q_len + 1)):
+        position = row + k_len - q_len
+        first = 0 if window is None else max(position - window, 0)
+        for column in range(first, k_len if not causal else min(k_len, position + 1)):
             mask[row // q_size, column // k_size] = True
     return mask
 
@@ -97,8 +100,10 @@ def test_block_pool_returns_float32():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_visible_blocks(lengths, causal):
     q_len, k_len, q_size, k_size = lengths
-    actual = reference.visible_blocks(q_len, k_len, causal, q_size, k_size)
-    assert torch.equal(actual, visible_by_token(q_len, k_len, q_size, k_size, causal))
+    for window in (None, 0, 50, 64, 1000):
+        actual = reference.visible_blocks(q_len, k_len, causal, q_size, k_size, window_left=window)
+        expected = visible_by_token(q_len, k_len, q_size, k_size, causal, window)
+        assert torch.equal(actual, expected), window
 
 
 @pytest.mark.parametrize("keep_recent", [0, 1, 3])
@@ -124,7 +129,8 @@ def test_probable_blocks_row_by_row(top_p, keep_above):
     logits[2, 6, 9] = math.nan  # invisible: must not matter
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
     visible[0] = False
-    kept = reference.probable_blocks(logits, visible, top_p, keep_above)
+    above = None if keep_above is None else [keep_above]
+    kept = reference.probable_blocks(logits, visible, Rules([top_p], above))
     for head in range(5):
         for row in range(12):
             expected = pick_by_row(logits[head, row], visible[row], top_p, keep_above)
@@ -156,20 +162,20 @@ def test_zero_means_give_finite_logits():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_select_blocks_is_the_union(lengths, causal):
+def test_select_bands_is_the_union(lengths, causal):
     q_len, k_len, q_size, k_size = lengths
     q, k, _ = qkv(q_len, k_len)
     q_means, k_means = reference.block_pool(q, q_size), reference.block_pool(k, k_size)
     high, low = [0, 16, 32, 48], [8, 32, 40, 64]
-    bits, counts = reference.select_blocks(
-        q_means, k_means, q_len, k_len, high, low, 0.4, 2, 2, 0.1, causal, q_size, k_size
-    )
+    rules = Rules([0.4], [0.1], 2, 2)
+    arguments = (high, low, rules, causal, q_size, k_size)
+    bits, counts = reference.select_from_means(q_means, k_means, q_len, k_len, *arguments)
     visible = visible_by_token(q_len, k_len, q_size, k_size, causal)
     expected = reference.recent_blocks(q_len, k_len, 2, q_size, k_size)
     expected[:, :2] = True
     for band in (high, low):
         logits = reference.band_logits(q_means, k_means, band)
-        expected = expected | reference.probable_blocks(logits, visible, 0.4, 0.1)
+        expected = expected | reference.probable_blocks(logits, visible, rules)
     kept = _bits.unpack(bits, visible.shape[1])
     assert torch.equal(kept, (expected & visible).expand_as(kept))
     assert torch.equal(counts, kept.sum(-1, dtype=torch.int32))
@@ -177,9 +183,8 @@ def test_select_blocks_is_the_union(lengths, causal):
 
 def test_an_empty_band_selects_nothing():
     means = torch.randn(1, 1, 4, 16)
-    _, counts = reference.select_blocks(
-        means, means, 256, 256, [], [], 0.9, 0, 0, None, True, 64, 64
-    )
+    nothing = Rules([0.9], None, 0, 0)
+    _, counts = reference.select_from_means(means, means, 256, 256, [], [], nothing, True, 64, 64)
     assert counts.eq(0).all()
 
 

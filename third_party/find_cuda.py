@@ -37,7 +37,7 @@ def packaged_toolkit(folder: Path) -> Path:
 
 
 def find_nvcc() -> Path:
-    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda or get_cuda.py's, in this order."""
+    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda or get_cuda.py."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             nvcc = Path(home) / "bin" / "nvcc"
@@ -56,9 +56,9 @@ def find_nvcc() -> Path:
             return nvcc
     raise CudaError(
         "no nvcc was found: install the CUDA toolkit "
-        f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME; or run `{sys.executable} "
-        "third_party/get_cuda.py`, which takes CUDA 13.0's compiler from PyPI (270 MB); or set "
-        "PRISM_CPU_ONLY=1 to build without CUDA"
+        f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME; or run "
+        f"`{sys.executable} third_party/get_cuda.py`, which takes CUDA 13.0's compiler from PyPI "
+        "(270 MB); or set PRISM_CPU_ONLY=1 to build without CUDA"
     )
 
 

@@ -40,12 +40,12 @@ void describe_kernel(std::vector<KernelInfo>& kernels, std::string name, std::st
   kernels.push_back(std::move(info));
 }
 
-// Implemented beside the kernels.
-void describe_block_pool(std::vector<KernelInfo>& kernels);
+// Implemented beside the kernels, from the lists that launches choose from.
+void describe_bands(std::vector<KernelInfo>& kernels);
 void describe_append_means(std::vector<KernelInfo>& kernels);
-void describe_estimate_grid(std::vector<KernelInfo>& kernels);
-void describe_prepare_means(std::vector<KernelInfo>& kernels);
-void describe_select_blocks(std::vector<KernelInfo>& kernels);
+void describe_prepare_keys(std::vector<KernelInfo>& kernels);
+void describe_grid(std::vector<KernelInfo>& kernels);
+void describe_keep_blocks(std::vector<KernelInfo>& kernels);
 void describe_sparse_attention(std::vector<KernelInfo>& kernels);
 
 }  // namespace prism

@@ -1,4 +1,12 @@
 // Plain parameter structs: the only thing that crosses from csrc/torch into the kernels.
+//
+// Words for extents, here and in the kernels:
+//   block  the tokens that a row of the mask (queries) or a bit of it (keys) stands for
+//   cell   16 tokens, whose mean and spread stand for them on the grid
+//   tile   rows, keys or cells that a CTA, or a tensor core, takes at a time
+//   chunk  blocks that a CTA pools
+//   slice  dimensions that a tensor core takes at a time
+//   span   the rows of a sequence in a packed tensor
 #pragma once
 
 #include <cstdint>
@@ -11,6 +19,8 @@
 
 namespace prism {
 
+// NaN codes of e4m3 are read as +-480: telling them from numbers would cost as much as the rest of
+// the conversion.
 enum class DType : int32_t { kFloat16, kBFloat16, kFloat8E4M3 };
 
 constexpr int kMaxBandRanges = 8;
@@ -39,7 +49,7 @@ struct BlockPoolParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
-  const float* scale = nullptr;  // (heads): what the means are multiplied by; null: 1
+  const float* scale = nullptr;  // (heads): what means of e4m3 are multiplied by; null: 1
 };
 
 // Rows of partial sums that continue the mean of an unfinished block, of one head.
@@ -59,7 +69,7 @@ struct AppendMeansParams {
   int head_dim;
   int block_size;  // tokens
   DType dtype;
-  const float* scale = nullptr;  // (heads): what the means, not the sums, are multiplied by
+  const float* scale = nullptr;  // (heads): what means, not sums, of e4m3 are multiplied by
 };
 
 // The dimensions of one RoPE frequency band, one bit a dimension.
@@ -85,12 +95,36 @@ struct RaggedBatch {
   PRISM_HOST_DEVICE int page_size() const { return 1 << page_shift; }
 };
 
-struct SelectBlocksParams {
-  TensorView q_means;  // (batch, q_heads, q_blocks, head_dim), float
-  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float; read by prepare only
-  void* workspace;     // select_workspace_bytes(*this), 128-byte aligned
-  uint32_t* bits;      // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
-  int32_t* counts;     // (batch, q_heads, q_blocks), contiguous
+// Heads that may have rules of their own, in one call.
+constexpr int kMaxRuleHeads = 128;
+
+// What a row of query blocks keeps of the key blocks that it sees.
+struct KeepRules {
+  bool per_head = false;             // else entry 0 is that of all heads
+  double top_p[kMaxRuleHeads];       // (q_heads) or (1), in [0, 1]
+  double keep_above[kMaxRuleHeads];  // (q_heads) or (1), in (0, 1], or infinite: the rule is off
+  int64_t keep_sink = 1;
+  int64_t keep_recent = 1;
+
+  PRISM_HOST_DEVICE double top_p_of(int q_head) const { return top_p[per_head ? q_head : 0]; }
+  PRISM_HOST_DEVICE double keep_above_of(int q_head) const {
+    return keep_above[per_head ? q_head : 0];
+  }
+  // Whether some of the heads from `first` on keep less than everything.
+  PRISM_HOST_DEVICE bool any_selects(int first, int heads) const {
+    bool any = false;
+    for (int i = 0; i < (per_head ? heads : 1); ++i) {
+      any |= top_p_of(first + i) < 1.0;
+    }
+    return any;
+  }
+};
+
+// Shape, rules and outputs of a selection.
+struct SelectParams {
+  void* workspace;  // of the estimator's ..._workspace_bytes, 128-byte aligned
+  uint32_t* bits;   // (batch, q_heads, q_blocks, ceil(k_blocks / 32)), contiguous
+  int32_t* counts;  // (batch, q_heads, q_blocks), contiguous
   int64_t batch;
   int q_heads;
   int kv_heads;
@@ -101,25 +135,23 @@ struct SelectBlocksParams {
   int head_dim;
   int q_block_size;  // tokens
   int k_block_size;  // tokens
-  Band high;
-  Band low;
-  double top_p;       // in [0, 1]
-  double keep_above;  // in (0, 1], or infinite: the rule is off
-  int64_t keep_sink;
-  int64_t keep_recent;
-  bool causal;
-  RaggedBatch ragged;  // means and key blocks past a sequence's end are neither written nor read
+  KeepRules rules;
+  bool causal;         // bottom-right aligned
+  RaggedBatch ragged;  // rows and words past a sequence's end become 0
 };
 
-// Pools q and k in one launch: q's means for select.q_means, k's straight into its workspace. Of a
-// ragged batch, q and k are laid out as for attention.
-struct EstimatePoolParams {
-  TensorView q;               // (batch, q_heads, q_len, head_dim), dtype
-  TensorView k;               // (batch, kv_heads, k_len, head_dim), dtype or e4m3
-  SelectBlocksParams select;  // shapes, bands, workspace, and q_means: contiguous, written here
+// Selection from the block means of two RoPE bands, see kernels/bands. Of a ragged batch, q and k
+// are laid out as for attention.
+struct BandsParams {
+  TensorView q;        // (batch, q_heads, q_len, head_dim), dtype
+  TensorView k;        // (batch, kv_heads, k_len, head_dim), dtype or e4m3; not read if k_means is
+  TensorView k_means;  // (batch, kv_heads, k_blocks, head_dim), float: pooled before; data null: no
+  SelectParams select;
+  Band high;
+  Band low;
   DType dtype;
   bool k_is_fp8 = false;           // k is float8 e4m3
-  const float* k_scale = nullptr;  // (kv_heads): what k's means are multiplied by; null: 1
+  const float* k_scale = nullptr;  // (kv_heads): what means of e4m3 are multiplied by; null: 1
 };
 
 constexpr int kCellTokens = 16;  // queries, or keys, of a cell of the grid
@@ -153,14 +185,23 @@ struct PoolCellsParams {
   DType dtype;
 };
 
-// Selection from the masses of a grid of cells, see kernels/grid. Ragged as in EstimatePoolParams.
-struct EstimateGridParams {
+// Selection from the masses of a grid of cells, see kernels/grid. Ragged as in BandsParams.
+struct GridParams {
   TensorView q;       // (batch, q_heads, q_len, head_dim), dtype
   TensorView k;       // (batch, kv_heads, k_len, head_dim), dtype; not read if k_cells is set
   CellStats k_cells;  // pooled before; null: k is pooled in the call
-  SelectBlocksParams select;  // shapes, rules, outputs; workspace: grid_workspace_bytes(*this)
-  float scale;                // softmax scale, > 0
+  SelectParams select;
+  float scale;  // softmax scale, > 0
   DType dtype;
+};
+
+// Every block that some row of a query block sees, estimated by nothing. The workspace, head_dim
+// and rules of `select` are not read.
+struct KeepBlocksParams {
+  SelectParams select;
+  int window_left = -1;     // keys before its own position that a row sees; -1: all
+  int64_t dense_below = 0;  // tokens, see launch_keep_blocks
+  bool all = true;          // of all sequences; else of short ones, and the others are left alone
 };
 
 // Of a ragged batch, q and out are (q_heads, total_q, head_dim), without a batch stride, and so are

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <utility>
 
 #include "kernels/attention/dispatch.h"
 
@@ -14,13 +15,14 @@ namespace {
 
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max() - 256;
 
-std::string list_string(const int64_t* values, size_t count) {
+template <typename List>
+std::string list_string(const List& values) {
   std::ostringstream out;
-  out << '(';
-  for (size_t i = 0; i < count; ++i) {
-    out << (i ? ", " : "") << values[i];
+  const char* separator = "(";
+  for (const int64_t value : values) {
+    out << std::exchange(separator, ", ") << value;
   }
-  out << ')';
+  out << (values.size() > 0 ? ")" : "()");
   return out.str();
 }
 
@@ -36,13 +38,47 @@ std::string device_string(const Tensor& tensor) {
 
 }  // namespace
 
-std::string shape_string(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return list_string(sizes.data(), sizes.size());
+std::string shape_string(const Tensor& tensor) { return list_string(tensor.sizes()); }
+
+void fail_without_kernels(const char* op, const Tensor& tensor) {
+  if (tensor.is_cpu()) {
+    fail(op, "CPU tensors are served by the Python package: import prism_cuda in this process");
+  }
+  fail(op,
+       "this build has no CUDA kernels (it was made with PRISM_CPU_ONLY=1); rebuild without "
+       "that variable, or pass CPU tensors");
 }
 
 void check_defined(const char* op, const char* name, const Tensor& tensor) {
   PRISM_CHECK(tensor.defined(), op, name, " is None; expected a tensor");
+}
+
+void check_dtype(const char* op, const char* name, const Tensor& tensor, ScalarType dtype,
+                 const char* words) {
+  PRISM_CHECK(tensor.scalar_type() == dtype, op, name, " has dtype ",
+              torch::headeronly::toString(tensor.scalar_type()), "; expected ", words);
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor,
+                 std::initializer_list<int64_t> shape, const char* meaning) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    same = tensor.size(static_cast<int64_t>(i)) == shape.begin()[i];
+  }
+  PRISM_CHECK(same, op, name, " has shape ", shape_string(tensor), "; expected ",
+              list_string(shape), ": ", meaning);
+}
+
+void check_contiguous(const char* op, const char* name, const Tensor& tensor) {
+  PRISM_CHECK(tensor.is_contiguous(), op, name, " is not contiguous; expected contiguous");
+}
+
+void check_int_tensor(const char* op, const char* name, const Tensor& tensor, const Tensor& like,
+                      std::initializer_list<int64_t> shape, const char* meaning) {
+  check_same_device(op, name, tensor, "q", like);
+  check_dtype(op, name, tensor, ScalarType::Int, "Int (int32)");
+  check_shape(op, name, tensor, shape, meaning);
+  check_contiguous(op, name, tensor);
 }
 
 bool is_fp8(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float8_e4m3fn; }
@@ -91,60 +127,9 @@ void check_same_device(const char* op, const char* name, const Tensor& tensor,
               device_string(other), "; expected the same device");
 }
 
-void check_gqa(const char* op, const char* q_name, int64_t q_heads, const char* kv_name,
-               int64_t kv_heads) {
-  PRISM_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, q_name, " has ", q_heads, " heads and ",
+void check_gqa(const char* op, int64_t q_heads, const char* kv_name, int64_t kv_heads) {
+  PRISM_CHECK(kv_heads > 0 && q_heads % kv_heads == 0, op, "q has ", q_heads, " heads and ",
               kv_name, " has ", kv_heads, "; expected a multiple of ", kv_name, "'s heads");
-}
-
-void check_like_q(const char* op, const char* name, const Tensor& tensor, const Tensor& q,
-                  Fp8 fp8) {
-  check_same_device(op, name, tensor, "q", q);
-  const bool same = tensor.scalar_type() == q.scalar_type();
-  PRISM_CHECK(same || (fp8 == Fp8::kAllowed && is_fp8(tensor)), op, name, " has dtype ",
-              torch::headeronly::toString(tensor.scalar_type()), "; expected q's, ",
-              torch::headeronly::toString(q.scalar_type()),
-              fp8 == Fp8::kAllowed ? ", or Float8_e4m3fn" : "");
-  const int64_t head_dim = tensor.size(tensor.dim() - 1);
-  PRISM_CHECK(head_dim == q.size(q.dim() - 1), op, name, " has head_dim ", head_dim,
-              "; expected q's, ", q.size(q.dim() - 1));
-}
-
-void check_v_dtype(const char* op, const Tensor& k, const Tensor& v) {
-  PRISM_CHECK(v.scalar_type() == k.scalar_type(), op, "v has dtype ",
-              torch::headeronly::toString(v.scalar_type()), "; expected k's, ",
-              torch::headeronly::toString(k.scalar_type()));
-}
-
-namespace {
-
-void check_batch(const char* op, const char* name, const Tensor& tensor, const Tensor& q) {
-  PRISM_CHECK(tensor.size(0) == q.size(0), op, name, " has batch size ", tensor.size(0),
-              "; expected q's, ", q.size(0));
-}
-
-}  // namespace
-
-void check_qk(const char* op, const Tensor& q, const Tensor& k, Fp8 fp8) {
-  check_activation(op, "q", q);
-  check_activation(op, "k", k, fp8);
-  check_like_q(op, "k", k, q, fp8);
-  check_batch(op, "k", k, q);
-  check_gqa(op, "q", q.size(1), "k", k.size(1));
-}
-
-void check_qkv(const char* op, const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_activation(op, "q", q);
-  check_activation(op, "k", k, Fp8::kAllowed);
-  check_activation(op, "v", v, Fp8::kAllowed);
-  check_like_q(op, "k", k, q, Fp8::kAllowed);
-  check_batch(op, "k", k, q);
-  check_like_q(op, "v", v, q, Fp8::kAllowed);
-  check_v_dtype(op, k, v);
-  check_batch(op, "v", v, q);
-  PRISM_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "v has shape ", shape_string(v),
-              "; expected k's, ", shape_string(k));
-  check_gqa(op, "q", q.size(1), "k", k.size(1));
 }
 
 void check_block_size(const char* op, const char* name, int64_t block_size) {
@@ -152,24 +137,25 @@ void check_block_size(const char* op, const char* name, int64_t block_size) {
               "; allowed: 64, 128");
 }
 
-void check_block_sizes(const char* op, int64_t q_block_size, int64_t k_block_size) {
-  PRISM_CHECK(block_sizes_supported(q_block_size, k_block_size), op,
-              "(q_block_size, k_block_size) is (", q_block_size, ", ", k_block_size,
+void check_block_sizes(const char* op, const BlockArguments& blocks) {
+  PRISM_CHECK(block_sizes_supported(blocks.q_block_size, blocks.k_block_size), op,
+              "(q_block_size, k_block_size) is (", blocks.q_block_size, ", ", blocks.k_block_size,
               "); allowed: (128, 128), (128, 64), (64, 64)");
 }
 
 Band check_band(const char* op, const char* name, const std::vector<int64_t>& ranges,
                 int64_t head_dim) {
-  const std::string shown = list_string(ranges.data(), ranges.size());
   PRISM_CHECK(ranges.size() % 2 == 0 && ranges.size() <= 2 * kMaxBandRanges, op, name, " is ",
-              shown, "; expected at most ", kMaxBandRanges, " pairs of dimensions [start, end)");
+              list_string(ranges), "; expected at most ", kMaxBandRanges,
+              " pairs of dimensions [start, end)");
   Band band;
   int64_t previous_end = 0;
   for (size_t i = 0; i < ranges.size(); i += 2) {
     const int64_t start = ranges[i];
     const int64_t end = ranges[i + 1];
-    PRISM_CHECK(previous_end <= start && start < end && end <= head_dim, op, name, " is ", shown,
-                "; expected sorted, disjoint, non-empty ranges within [0, ", head_dim, ")");
+    PRISM_CHECK(previous_end <= start && start < end && end <= head_dim, op, name, " is ",
+                list_string(ranges), "; expected sorted, disjoint, non-empty ranges within [0, ",
+                head_dim, ")");
     for (int64_t dim = start; dim < end; ++dim) {
       band.dims[dim / 64] |= uint64_t{1} << (dim % 64);
     }
@@ -179,25 +165,62 @@ Band check_band(const char* op, const char* name, const std::vector<int64_t>& ra
   return band;
 }
 
-void check_rules(const char* op, double top_p, int64_t keep_sink, int64_t keep_recent,
-                 std::optional<double> keep_above) {
-  PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p, "; allowed: 0 to 1 inclusive");
-  PRISM_CHECK(keep_sink >= 0, op, "keep_sink is ", keep_sink, "; allowed: 0 or more blocks");
-  PRISM_CHECK(keep_recent >= 0, op, "keep_recent is ", keep_recent, "; allowed: 0 or more blocks");
-  PRISM_CHECK(!keep_above || (*keep_above > 0.0 && *keep_above <= 1.0), op, "keep_above is ",
-              *keep_above, "; allowed: None, or above 0 and up to 1");
+SelectionBands check_bands(const char* op, const BandArguments& bands, int64_t head_dim) {
+  const SelectionBands checked{check_band(op, "high_band", bands.high, head_dim),
+                               check_band(op, "low_band", bands.low, head_dim)};
+  PRISM_CHECK(checked.high.size + checked.low.size > 0, op,
+              "high_band and low_band are both empty; at least one must name dimensions");
+  return checked;
 }
 
-SelectionBands check_selection(const char* op, const std::vector<int64_t>& high_band,
-                               const std::vector<int64_t>& low_band, int64_t head_dim, double top_p,
-                               int64_t keep_sink, int64_t keep_recent,
-                               std::optional<double> keep_above) {
-  const SelectionBands bands{check_band(op, "high_band", high_band, head_dim),
-                             check_band(op, "low_band", low_band, head_dim)};
-  PRISM_CHECK(bands.high.size + bands.low.size > 0, op,
-              "high_band and low_band are both empty; at least one must name dimensions");
-  check_rules(op, top_p, keep_sink, keep_recent, keep_above);
-  return bands;
+namespace {
+
+// Of one value for all heads, or one for each; whether they differ.
+bool check_per_head(const char* op, const char* name, const std::vector<double>& values,
+                    int64_t q_heads) {
+  const auto count = static_cast<int64_t>(values.size());
+  PRISM_CHECK(count == 1 || (count == q_heads && count > 0), op, name, " has ", count,
+              " values; expected 1, or one for each of the ", q_heads, " query heads");
+  bool differ = false;
+  for (const double value : values) {
+    differ |= value != values.front();
+  }
+  PRISM_CHECK(!differ || q_heads <= kMaxRuleHeads, op, name, " differs between ", q_heads,
+              " query heads; allowed: at most ", kMaxRuleHeads);
+  return differ;
+}
+
+}  // namespace
+
+KeepRules check_rules(const char* op, const RuleArguments& rules, int64_t q_heads) {
+  KeepRules checked;
+  checked.per_head = check_per_head(op, "top_p", rules.top_p, q_heads);
+  for (const double top_p : rules.top_p) {
+    PRISM_CHECK(top_p >= 0.0 && top_p <= 1.0, op, "top_p is ", top_p,
+                "; allowed: 0 to 1 inclusive");
+  }
+  if (rules.keep_above) {
+    checked.per_head |= check_per_head(op, "keep_above", *rules.keep_above, q_heads);
+    for (const double keep_above : *rules.keep_above) {
+      PRISM_CHECK(keep_above > 0.0 && keep_above <= 1.0, op, "keep_above is ", keep_above,
+                  "; allowed: None, or above 0 and up to 1");
+    }
+  }
+  PRISM_CHECK(rules.keep_sink >= 0, op, "keep_sink is ", rules.keep_sink,
+              "; allowed: 0 or more blocks");
+  PRISM_CHECK(rules.keep_recent >= 0, op, "keep_recent is ", rules.keep_recent,
+              "; allowed: 0 or more blocks");
+  checked.keep_sink = rules.keep_sink;
+  checked.keep_recent = rules.keep_recent;
+  const auto of_head = [](const std::vector<double>& values, int64_t head) {
+    return values[values.size() > 1 ? head : 0];
+  };
+  for (int64_t head = 0; head < (checked.per_head ? q_heads : 1); ++head) {
+    checked.top_p[head] = of_head(rules.top_p, head);
+    checked.keep_above[head] = rules.keep_above ? of_head(*rules.keep_above, head)
+                                                : std::numeric_limits<double>::infinity();
+  }
+  return checked;
 }
 
 double check_scale(const char* op, std::optional<double> scale, int64_t head_dim) {
@@ -206,18 +229,6 @@ double check_scale(const char* op, std::optional<double> scale, int64_t head_dim
   PRISM_CHECK(value > 0.0 && std::isnormal(static_cast<float>(value * kLog2E)), op, "scale is ",
               value, "; allowed: finite and above 0, and neither under nor over float32's range");
   return value;
-}
-
-void check_sinks(const char* op, const std::optional<Tensor>& sinks, const Tensor& q,
-                 int64_t q_heads) {
-  if (!sinks) {
-    return;
-  }
-  check_same_device(op, "sinks", *sinks, "q", q);
-  PRISM_CHECK(sinks->scalar_type() == ScalarType::Float, op, "sinks has dtype ",
-              torch::headeronly::toString(sinks->scalar_type()), "; expected Float (float32)");
-  check_shape(op, "sinks", *sinks, {q_heads}, "(q_heads)");
-  PRISM_CHECK(sinks->is_contiguous(), op, "sinks is not contiguous; expected contiguous");
 }
 
 void check_head_scale(const char* op, const char* name, const std::optional<Tensor>& scale,
@@ -229,52 +240,9 @@ void check_head_scale(const char* op, const char* name, const std::optional<Tens
               torch::headeronly::toString(x.scalar_type()), "; expected None, or ", x_name,
               " in Float8_e4m3fn");
   check_same_device(op, name, *scale, x_name, x);
-  PRISM_CHECK(scale->scalar_type() == ScalarType::Float, op, name, " has dtype ",
-              torch::headeronly::toString(scale->scalar_type()), "; expected Float (float32)");
+  check_dtype(op, name, *scale, ScalarType::Float, "Float (float32)");
   check_shape(op, name, *scale, {heads}, "a scale for each head");
-  PRISM_CHECK(scale->is_contiguous(), op, name, " is not contiguous; expected contiguous");
-}
-
-void check_kv_scales(const char* op, const Tensor& k, const Tensor& v, int64_t kv_heads,
-                     const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  check_head_scale(op, "k_scale", k_scale, "k", k, kv_heads);
-  check_head_scale(op, "v_scale", v_scale, "v", v, kv_heads);
-}
-
-ScoreOptions check_scores(const char* op, std::optional<double> softcap,
-                          std::optional<int64_t> window_left, int64_t k_len) {
-  // Within these no step of the kernels leaves float32's normal range.
-  constexpr double kLeastCap = 0x1p-64;
-  constexpr double kLargestCap = 0x1p64;
-  PRISM_CHECK(!softcap || (*softcap >= kLeastCap && *softcap <= kLargestCap), op, "softcap is ",
-              *softcap, "; allowed: None, or 2^-64 to 2^64");
-  PRISM_CHECK(!window_left || *window_left >= 0, op, "window_left is ", *window_left,
-              "; allowed: None, or 0 and more keys");
-  const bool reaches_all = !window_left || *window_left >= k_len;
-  return {static_cast<float>(softcap.value_or(0.0)),
-          reaches_all ? -1 : static_cast<int>(*window_left)};
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor,
-                 const std::vector<int64_t>& shape, const char* meaning) {
-  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) {
-    same = tensor.size(static_cast<int64_t>(i)) == shape[i];
-  }
-  PRISM_CHECK(same, op, name, " has shape ", shape_string(tensor), "; expected ",
-              list_string(shape.data(), shape.size()), ": ", meaning);
-}
-
-void check_int32(const char* op, const char* name, const Tensor& tensor) {
-  PRISM_CHECK(tensor.scalar_type() == ScalarType::Int, op, name, " has dtype ",
-              torch::headeronly::toString(tensor.scalar_type()), "; expected Int (int32)");
-}
-
-void check_int_tensor(const char* op, const char* name, const Tensor& tensor,
-                      const std::vector<int64_t>& shape, const char* meaning) {
-  check_int32(op, name, tensor);
-  check_shape(op, name, tensor, shape, meaning);
-  PRISM_CHECK(tensor.is_contiguous(), op, name, " is not contiguous; expected contiguous");
+  check_contiguous(op, name, *scale);
 }
 
 }  // namespace prism

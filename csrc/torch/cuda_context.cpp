@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdint>
 
 #ifdef PRISM_WITH_CUDA
@@ -14,8 +15,19 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace prism {
 
+namespace {
+
+int32_t device_of(const char* op, const Tensor& tensor) {
+  if (!tensor.is_cuda()) {
+    fail_without_kernels(op, tensor);
+  }
+  return tensor.get_device_index();
+}
+
+}  // namespace
+
 CudaContext::CudaContext(const char* op, const Tensor& tensor)
-    : op_(op), guard_(tensor.get_device_index()) {
+    : op_(op), guard_(device_of(op, tensor)) {
   PRISM_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op,
               "this torch has no CUDA support; install a CUDA build of torch");
   const int32_t device = tensor.get_device_index();
@@ -23,11 +35,20 @@ CudaContext::CudaContext(const char* op, const Tensor& tensor)
   PRISM_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == TORCH_SUCCESS, op,
               "torch has no current stream for cuda:", device);
   stream_ = static_cast<cudaStream_t>(stream);
-  int major = 0;
-  int minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  sm_ = 10 * major + minor;
+  // Asked of the driver once a device: it takes a microsecond or two.
+  constexpr int32_t kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> known{};
+  sm_ = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (sm_ == 0) {
+    int major = 0;
+    int minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    sm_ = 10 * major + minor;
+    if (device < kDevices) {
+      known[device].store(sm_, std::memory_order_relaxed);
+    }
+  }
 }
 
 void CudaContext::check(cudaError_t error) const {
@@ -89,14 +110,25 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, Scala
   return empty_strided(like, sizes.begin(), strides.data(), dim, dtype_code(dtype));
 }
 
-Tensor new_empty_like(const Tensor& tensor) {
-  if (!is_dense(tensor)) {
-    return torch::stable::empty_like(tensor);
+Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return new_empty(like, {ceil_div(bytes, 4)}, ScalarType::Float);
+}
+
+Tensor new_output(const Tensor& q) {
+  const auto sizes = q.sizes();
+  if (is_dense(q)) {
+    const auto strides = q.strides();
+    return empty_strided(q, sizes.data(), strides.data(), q.dim(), dtype_code(q.scalar_type()));
   }
-  const auto sizes = tensor.sizes();
-  const auto strides = tensor.strides();
-  return empty_strided(tensor, sizes.data(), strides.data(), tensor.dim(),
-                       dtype_code(tensor.scalar_type()));
+  Tensor out = torch::stable::empty_like(q);
+  if (out.stride(out.dim() - 1) != 1) {  // an overlapping q can have another dimension innermost
+    out = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, q.scalar_type());
+  }
+  return out;
+}
+
+const float* float_data(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const float*>(tensor->data_ptr()) : nullptr;
 }
 
 DType kernel_dtype(const Tensor& tensor) {

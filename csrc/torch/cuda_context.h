@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 
 namespace prism {
 
@@ -40,12 +41,21 @@ class NvtxRange {
   NvtxRange& operator=(const NvtxRange&) = delete;
 };
 
+// Bytes as an uninitialised tensor, 128-byte aligned and more as torch's allocator gives them.
+Tensor new_workspace(const Tensor& like, int64_t bytes);
+
 // An uninitialised contiguous tensor on the device of `like`. Eager calls are counted in
 // microseconds: the stable new_empty passes two boxed calls of the dispatcher, this none or one.
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
-Tensor new_empty_like(const Tensor& tensor);  // strides as torch's empty_like gives them
+
+// An output like q: strides as torch's empty_like gives them, but the last is 1.
+Tensor new_output(const Tensor& q);
 
 DType kernel_dtype(const Tensor& tensor);
+
+// Of a tensor that may be missing: null then.
+const float* float_data(const std::optional<Tensor>& tensor);
+
 TensorView view(const Tensor& tensor);  // of (batch, heads, length, head_dim)
 
 // Of a tensor whose batch elements, heads and rows lie along other dimensions; -1: there is none.
@@ -54,14 +64,3 @@ TensorView view(const Tensor& tensor, int64_t batch, int64_t head, int64_t row);
 }  // namespace prism
 
 #endif  // PRISM_WITH_CUDA
-
-namespace prism {
-
-// For CUDA tensors in a build without CUDA.
-[[noreturn]] inline void fail_without_cuda(const char* op) {
-  fail(op,
-       "this build has no CUDA kernels (it was made with PRISM_CPU_ONLY=1); rebuild without "
-       "that variable, or pass CPU tensors");
-}
-
-}  // namespace prism

@@ -1,90 +1,107 @@
 // Schemas and registrations of the ops: the one place that defines their interface.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+#include "torch/boxing.h"
 #include "torch/ops.h"
 
+namespace {
+
+using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
+
+struct Op {
+  const char* name;
+  const char* arguments;
+  const char* returns;
+  Kernel check;
+  Kernel run;
+};
+
+// Groups of arguments, see torch/arguments.h.
+#define PRISM_BANDS "int[] high_band, int[] low_band"
+#define PRISM_RULES "float[] top_p, float[]? keep_above=None, int keep_sink=1, int keep_recent=1"
+#define PRISM_BLOCKS "bool causal=True, int q_block_size=128, int k_block_size=64"
+#define PRISM_SCORES                                                    \
+  "Tensor? sinks=None, float? softcap=None, SymInt? window_left=None, " \
+  "Tensor? k_scale=None, Tensor? v_scale=None"
+#define PRISM_SEQUENCES                                                            \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, " \
+  "Tensor? block_table=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
+
+#define PRISM_KERNELS(check) prism::boxed_check<&prism::check>, prism::boxed<&prism::check>
+
+const Op kOps[] = {
+    {"block_pool", "Tensor x, int block_size, Tensor? scale=None", "Tensor",
+     PRISM_KERNELS(check_block_pool)},
+    {"append_means_",
+     "Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size, "
+     "Tensor? scale=None",
+     "()", PRISM_KERNELS(check_append_means)},
+    {"pool_cells_", "Tensor x, Tensor(a!) cells, Tensor(b!) factors, SymInt start", "()",
+     PRISM_KERNELS(check_pool_cells)},
+    {"select_bands",
+     "Tensor q, Tensor? k, " PRISM_BANDS ", " PRISM_RULES ", " PRISM_BLOCKS
+     ", *, Tensor? k_means=None, SymInt? k_len=None, Tensor? k_scale=None, " PRISM_SEQUENCES
+     ", SymInt dense_below=0",
+     "(Tensor bits, Tensor counts)", PRISM_KERNELS(check_select_bands)},
+    {"select_grid",
+     "Tensor q, Tensor? k, " PRISM_RULES ", float? scale=None, " PRISM_BLOCKS
+     ", *, Tensor? k_cells=None, Tensor? k_factors=None, SymInt? k_len=None, " PRISM_SEQUENCES
+     ", SymInt dense_below=0",
+     "(Tensor bits, Tensor counts)", PRISM_KERNELS(check_select_grid)},
+    {"sparse_attention",
+     "Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, float? scale=None, " PRISM_BLOCKS
+     ", *, " PRISM_SCORES ", " PRISM_SEQUENCES,
+     "(Tensor out, Tensor lse)", PRISM_KERNELS(check_sparse_attention)},
+    {"prefill",
+     "Tensor q, Tensor k, Tensor v, str estimator, " PRISM_BANDS ", " PRISM_RULES
+     ", float? scale=None, " PRISM_BLOCKS ", *, " PRISM_SCORES ", " PRISM_SEQUENCES
+     ", SymInt dense_below=0",
+     "(Tensor out, Tensor lse, Tensor bits, Tensor counts)", PRISM_KERNELS(check_prefill)},
+};
+
+std::string schema(const Op& op, const char* returns) {
+  return std::string(op.name) + "(" + op.arguments + ") -> " + returns;
+}
+
+void register_kernels(torch::stable::detail::StableLibrary& m) {
+  for (const Op& op : kOps) {
+    m.impl(op.name, op.run);
+  }
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(prism, m) {
-  m.def("block_pool(Tensor x, int block_size, Tensor? scale=None) -> Tensor");
-  m.def(
-      "pool_append_(Tensor x, Tensor(a!) means, Tensor(b!) sums, SymInt start, int block_size, "
-      "Tensor? scale=None) -> ()");
-  m.def(
-      "select_blocks(Tensor q_means, Tensor k_means, SymInt q_len, SymInt k_len, int[] high_band, "
-      "int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
-      "bool causal=True, "
-      "int q_block_size=128, int k_block_size=128) -> (Tensor bits, Tensor counts)");
-  m.def(
-      "estimate_blocks(Tensor q, Tensor k, int[] high_band, int[] low_band, float top_p, "
-      "int keep_sink=1, int keep_recent=1, float? keep_above=None, bool causal=True, int "
-      "q_block_size=128, "
-      "int k_block_size=128, Tensor? k_scale=None) -> (Tensor bits, Tensor counts)");
-  m.def(
-      "estimate_blocks_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-      "int[] high_band, int[] low_band, float top_p, int keep_sink=1, int keep_recent=1, "
-      "float? keep_above=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
-      "Tensor? k_scale=None) -> (Tensor bits, Tensor counts)");
-  m.def(
-      "estimate_grid(Tensor q, Tensor k, float top_p, int keep_sink=1, int keep_recent=1, "
-      "float? keep_above=None, float? scale=None, bool causal=True, int q_block_size=128, "
-      "int k_block_size=128) -> (Tensor bits, Tensor counts)");
-  m.def(
-      "estimate_grid_varlen(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor? cu_seqlens_k, "
-      "Tensor? seqused_k, Tensor? block_table, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-      "float top_p, int keep_sink=1, int keep_recent=1, float? keep_above=None, "
-      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128) "
-      "-> (Tensor bits, Tensor counts)");
-  m.def("pool_cells_(Tensor x, Tensor(a!) cells, Tensor(b!) factors, SymInt start) -> ()");
-  m.def(
-      "select_grid(Tensor q, Tensor k_cells, Tensor k_factors, SymInt k_len, float top_p, "
-      "int keep_sink=1, int keep_recent=1, float? keep_above=None, float? scale=None, "
-      "bool causal=True, int q_block_size=128, int k_block_size=128) "
-      "-> (Tensor bits, Tensor counts)");
-  m.def(
-      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
-      "float? scale=None, bool causal=True, int q_block_size=128, int k_block_size=128, "
-      "Tensor? sinks=None, float? softcap=None, int? window_left=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> (Tensor out, Tensor lse)");
-  m.def(
-      "sparse_attention_varlen(Tensor q, Tensor k, Tensor v, Tensor bits, Tensor counts, "
-      "Tensor cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, Tensor? block_table, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, float? scale=None, bool causal=True, "
-      "int q_block_size=128, int k_block_size=128, Tensor? sinks=None, float? softcap=None, "
-      "int? window_left=None, Tensor? k_scale=None, Tensor? v_scale=None) "
-      "-> (Tensor out, Tensor lse)");
-  m.def(
-      "prefill(Tensor q, Tensor k, Tensor v, int[] high_band, int[] low_band, float top_p, "
-      "int keep_sink=1, int keep_recent=1, float? keep_above=None, float? scale=None, bool "
-      "causal=True, "
-      "int q_block_size=128, int k_block_size=128, Tensor? k_scale=None, Tensor? v_scale=None) "
-      "-> (Tensor out, Tensor lse, Tensor bits, Tensor counts)");
+  for (const Op& op : kOps) {
+    m.def(schema(op, op.returns).c_str());
+  }
   m.def(
       "attention_kernel(int sm, ScalarType dtype, int head_dim, int q_block_size=128, "
-      "int k_block_size=128, bool fp8=False, bool score_options=False) -> str");
+      "int k_block_size=64, bool fp8=False, bool score_options=False) -> str");
   m.def("build_config() -> str");
 }
 
-// One implementation serves both devices: it checks, then calls the device's kernel.
-static void register_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("block_pool", TORCH_BOX(&prism::block_pool));
-  m.impl("pool_append_", TORCH_BOX(&prism::pool_append_));
-  m.impl("select_blocks", TORCH_BOX(&prism::select_blocks));
-  m.impl("estimate_blocks", TORCH_BOX(&prism::estimate_blocks));
-  m.impl("estimate_blocks_varlen", TORCH_BOX(&prism::estimate_blocks_varlen));
-  m.impl("estimate_grid", TORCH_BOX(&prism::estimate_grid));
-  m.impl("estimate_grid_varlen", TORCH_BOX(&prism::estimate_grid_varlen));
-  m.impl("pool_cells_", TORCH_BOX(&prism::pool_cells_));
-  m.impl("select_grid", TORCH_BOX(&prism::select_grid));
-  m.impl("sparse_attention", TORCH_BOX(&prism::sparse_attention));
-  m.impl("sparse_attention_varlen", TORCH_BOX(&prism::sparse_attention_varlen));
-  m.impl("prefill", TORCH_BOX(&prism::prefill));
+// The checks of each op alone. The CPU kernels, which the Python package registers, begin with
+// them; kernels in Python because an exception that crosses a boxed call becomes a mere message.
+STABLE_TORCH_LIBRARY(prism_check, m) {
+  for (const Op& op : kOps) {
+    m.def(schema(op, "()").c_str());
+  }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prism, CPU, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(prism_check, CompositeExplicitAutograd, m) {
+  for (const Op& op : kOps) {
+    m.impl(op.name, op.check);
+  }
+}
 
-STABLE_TORCH_LIBRARY_IMPL(prism, CUDA, m) { register_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(prism, CUDA, m) { register_kernels(m); }
 
+// Every other device, and the CPU without the Python package: refused after the checks.
 STABLE_TORCH_LIBRARY_IMPL(prism, CompositeExplicitAutograd, m) {
+  register_kernels(m);
   m.impl("attention_kernel", TORCH_BOX(&prism::attention_kernel));
   m.impl("build_config", TORCH_BOX(&prism::build_config));
 }

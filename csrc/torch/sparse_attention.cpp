@@ -1,50 +1,104 @@
-#include <torch/csrc/stable/ops.h>
-
+#include <cmath>
 #include <cstdint>
 
 #include "kernels/attention/dispatch.h"
-#include "torch/checks.h"
-#include "torch/cuda_context.h"
+#include "torch/launches.h"
 #include "torch/ops.h"
-#include "torch/reference.h"
-#include "torch/run_attention.h"
+
+#ifdef PRISM_WITH_CUDA
+#include "kernels/attention/sparse_attention.h"
+#endif
 
 namespace prism {
 
-namespace {
+AttentionCall check_attention(const char* op, const Tensor& q, const Tensor& k, const Tensor& v,
+                              std::optional<double> scale, const BlockArguments& blocks,
+                              const ScoreArguments& scores, const SequenceArguments& sequences) {
+  const Shape shape = check_batch(op, q, k, &v, sequences, Fp8::kAllowed);
+  if (scores.sinks) {
+    check_same_device(op, "sinks", *scores.sinks, "q", q);
+    check_dtype(op, "sinks", *scores.sinks, ScalarType::Float, "Float (float32)");
+    check_shape(op, "sinks", *scores.sinks, {shape.q_heads}, "(q_heads)");
+    check_contiguous(op, "sinks", *scores.sinks);
+  }
+  check_head_scale(op, "k_scale", scores.k_scale, "k", k, shape.kv_heads);
+  check_head_scale(op, "v_scale", scores.v_scale, "v", v, shape.kv_heads);
+  check_block_sizes(op, blocks);
+  const double softmax_scale = check_scale(op, scale, shape.head_dim);
+  // Within these no step of the kernels leaves float32's normal range.
+  constexpr double kLeastCap = 0x1p-64;
+  constexpr double kLargestCap = 0x1p64;
+  PRISM_CHECK(!scores.softcap || (*scores.softcap >= kLeastCap && *scores.softcap <= kLargestCap),
+              op, "softcap is ", *scores.softcap, "; allowed: None, or 2^-64 to 2^64");
+  PRISM_CHECK(!scores.window_left || *scores.window_left >= 0, op, "window_left is ",
+              *scores.window_left, "; allowed: None, or 0 and more keys");
+  return {op, q, k, v, shape, softmax_scale, blocks, scores, sequences};
+}
 
-constexpr const char* kOp = "sparse_attention";
-
-}  // namespace
+MaskedAttentionCall check_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const Tensor& bits, const Tensor& counts,
+                                           std::optional<double> scale,
+                                           const BlockArguments& blocks,
+                                           const ScoreArguments& scores,
+                                           const SequenceArguments& sequences) {
+  constexpr const char* kOp = "sparse_attention";
+  const AttentionCall call = check_attention(kOp, q, k, v, scale, blocks, scores, sequences);
+  const Shape& shape = call.shape;
+  const int64_t q_blocks = shape.q_blocks(blocks);
+  check_int_tensor(kOp, "bits", bits, q,
+                   {shape.batch, shape.q_heads, q_blocks, shape.words(blocks)},
+                   shape.ragged ? "(batch, q_heads, blocks of max_seqlen_q, ceil(blocks of "
+                                  "max_seqlen_k / 32))"
+                                : "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
+  check_int_tensor(
+      kOp, "counts", counts, q, {shape.batch, shape.q_heads, q_blocks},
+      shape.ragged ? "(batch, q_heads, blocks of max_seqlen_q)" : "(batch, q_heads, q_blocks)");
+  return {call, bits, counts};
+}
 
 #ifdef PRISM_WITH_CUDA
 
-Tensor make_output(const Tensor& q) {
-  Tensor out = new_empty_like(q);
-  if (out.stride(out.dim() - 1) != 1) {  // an overlapping q can have another dimension innermost
-    const auto sizes = q.sizes();
-    out = torch::stable::new_empty(q, {sizes.data(), sizes.size()}, q.scalar_type());
-  }
-  return out;
-}
-
-void set_fp8(const Tensor& k, const std::optional<Tensor>& k_scale,
-             const std::optional<Tensor>& v_scale, SparseAttentionParams& params) {
-  params.kv_is_fp8 = is_fp8(k);
-  params.k_scale = k_scale ? static_cast<const float*>(k_scale->data_ptr()) : nullptr;
-  params.v_scale = v_scale ? static_cast<const float*>(v_scale->data_ptr()) : nullptr;
-}
-
-void run_attention(const char* op, const CudaContext& context, const Tensor& q,
-                   SparseAttentionParams& params) {
-  const NvtxRange range("prism.attention");
+Attention new_attention(const CudaContext& context, const AttentionCall& call, const Tensor& bits,
+                        const Tensor& counts) {
+  const Tensor& q = call.on;
+  const Shape& shape = call.shape;
+  const ScoreArguments& scores = call.scores;
+  const Tensor out = new_output(q);
+  const Tensor lse =
+      shape.ragged ? new_empty(q, {shape.q_heads, q.size(0)}, ScalarType::Float)
+                   : new_empty(q, {shape.batch, shape.q_heads, shape.q_len}, ScalarType::Float);
+  SparseAttentionParams params{};
+  params.q = view(q, shape);
+  params.k = view(call.k, shape);
+  params.v = view(call.v, shape);
+  params.out = view(out, shape);
+  params.lse = static_cast<float*>(lse.data_ptr());
+  params.sinks = float_data(scores.sinks);
+  params.bits = static_cast<const uint32_t*>(bits.data_ptr());
+  params.counts = static_cast<const int32_t*>(counts.data_ptr());
+  params.batch = shape.batch;
+  params.q_heads = static_cast<int>(shape.q_heads);
+  params.kv_heads = static_cast<int>(shape.kv_heads);
+  params.q_len = static_cast<int>(shape.q_len);
+  params.k_len = static_cast<int>(shape.k_len);
+  params.head_dim = static_cast<int>(shape.head_dim);
+  params.q_block_size = static_cast<int>(call.blocks.q_block_size);
+  params.k_block_size = static_cast<int>(call.blocks.k_block_size);
+  params.scale = static_cast<float>(call.scale);
+  params.softcap = static_cast<float>(scores.softcap.value_or(0.0));
+  params.window_left = window_of(call);
+  params.causal = call.blocks.causal;
+  params.dtype = kernel_dtype(q);
+  params.kv_is_fp8 = is_fp8(call.k);
+  params.k_scale = float_data(scores.k_scale);
+  params.v_scale = float_data(scores.v_scale);
+  params.ragged = make_ragged(q, call.k, call.sequences);
   const AttentionChoice choice = choose_attention_kernel(params, context.sm());
-  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, op, choice.name);
-  std::optional<Tensor> tile_counter;  // kept until the launch; the allocator orders its reuse
-  if (choice.kernel == AttentionKernel::kSm90) {
-    tile_counter = new_empty(q, {1}, ScalarType::Int);
-    params.tile_counter = static_cast<int32_t*>(tile_counter->data_ptr());
-  }
+  PRISM_CHECK(choice.kernel != AttentionKernel::kUnsupported, call.op, choice.name);
+  return {out, lse, params};
+}
+
+void launch(const CudaContext& context, const char* op, const SparseAttentionParams& params) {
   const cudaError_t error = launch_sparse_attention(params, context.sm(), context.stream());
   PRISM_CHECK(error != kTensorMapRefused, op,
               "the driver can not describe q, k, v or out to the tensor memory accelerator; row "
@@ -54,81 +108,17 @@ void run_attention(const char* op, const CudaContext& context, const Tensor& q,
   context.check(error);
 }
 
-namespace {
-
-std::tuple<Tensor, Tensor> sparse_attention_cuda(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
-    double scale, bool causal, int64_t q_block_size, int64_t k_block_size,
-    const std::optional<Tensor>& sinks, const ScoreOptions& scores,
-    const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale) {
-  const CudaContext context(kOp, q);
-  Tensor out = make_output(q);
-  Tensor lse = new_empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  SparseAttentionParams params{};
-  params.q = view(q);
-  params.k = view(k);
-  params.v = view(v);
-  params.out = view(out);
-  params.lse = static_cast<float*>(lse.data_ptr());
-  params.sinks = sinks ? static_cast<const float*>(sinks->data_ptr()) : nullptr;
-  params.bits = static_cast<const uint32_t*>(bits.data_ptr());
-  params.counts = static_cast<const int32_t*>(counts.data_ptr());
-  params.batch = q.size(0);
-  params.q_heads = static_cast<int>(q.size(1));
-  params.kv_heads = static_cast<int>(k.size(1));
-  params.q_len = static_cast<int>(q.size(2));
-  params.k_len = static_cast<int>(k.size(2));
-  params.head_dim = static_cast<int>(q.size(3));
-  params.q_block_size = static_cast<int>(q_block_size);
-  params.k_block_size = static_cast<int>(k_block_size);
-  params.scale = static_cast<float>(scale);
-  params.softcap = scores.softcap;
-  params.window_left = scores.window_left;
-  params.causal = causal;
-  params.dtype = kernel_dtype(q);
-  set_fp8(k, k_scale, v_scale, params);
-  run_attention(kOp, context, q, params);
-  return {out, lse};
+std::tuple<Tensor, Tensor> run(const MaskedAttentionCall& call) {
+  const CudaContext context(call.op, call.on);
+  const NvtxRange range("prism.attention");
+  Attention attention = new_attention(context, call, call.bits, call.counts);
+  const Tensor counter = new_workspace(call.on, kCounterBytes);
+  attention.params.tile_counter = static_cast<int32_t*>(counter.data_ptr());
+  launch(context, call.op, attention.params);
+  return {attention.out, attention.lse};
 }
 
-}  // namespace
-
 #endif
-
-std::tuple<Tensor, Tensor> sparse_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& bits, const Tensor& counts,
-    std::optional<double> scale, bool causal, int64_t q_block_size, int64_t k_block_size,
-    const std::optional<Tensor>& sinks, std::optional<double> softcap,
-    std::optional<int64_t> window_left, const std::optional<Tensor>& k_scale,
-    const std::optional<Tensor>& v_scale) {
-  check_qkv(kOp, q, k, v);
-  check_block_sizes(kOp, q_block_size, k_block_size);
-  check_same_device(kOp, "bits", bits, "q", q);
-  check_same_device(kOp, "counts", counts, "q", q);
-  const int64_t q_blocks = ceil_div(q.size(2), q_block_size);
-  const int64_t words = ceil_div(ceil_div(k.size(2), k_block_size), 32);
-  check_int_tensor(kOp, "bits", bits, {q.size(0), q.size(1), q_blocks, words},
-                   "(batch, q_heads, q_blocks, ceil(k_blocks / 32))");
-  check_int_tensor(kOp, "counts", counts, {q.size(0), q.size(1), q_blocks},
-                   "(batch, q_heads, q_blocks)");
-  check_sinks(kOp, sinks, q, q.size(1));
-  check_kv_scales(kOp, k, v, k.size(1), k_scale, v_scale);
-  const double softmax_scale = check_scale(kOp, scale, q.size(3));
-  [[maybe_unused]] const ScoreOptions scores = check_scores(kOp, softcap, window_left, k.size(2));
-  if (q.is_cpu()) {
-    const std::optional<double> resolved = softmax_scale;
-    const auto outputs =
-        call_reference<2>(kOp, q, k, v, bits, counts, resolved, causal, q_block_size, k_block_size,
-                          sinks, softcap, window_left, k_scale, v_scale);
-    return {take_tensor(outputs[0]), take_tensor(outputs[1])};
-  }
-#ifdef PRISM_WITH_CUDA
-  return sparse_attention_cuda(q, k, v, bits, counts, softmax_scale, causal, q_block_size,
-                               k_block_size, sinks, scores, k_scale, v_scale);
-#else
-  fail_without_cuda(kOp);
-#endif
-}
 
 std::string attention_kernel(int64_t sm, ScalarType dtype, int64_t head_dim, int64_t q_block_size,
                              int64_t k_block_size, bool fp8, bool score_options) {

@@ -1,26 +1,20 @@
-// Loads the ops library and calls prism::prefill through the dispatcher. With top_p = 1 every
+// Loads the ops library and calls it through the installed header. With top_p = 1 every
 // block is kept, so the result has to equal dense attention.
 //
 //   prefill_example LIBRARY      prism_cuda/_C.abi3.so, or libprism_ops.so of the CMake build
 //
 // Exit status: 0 equal, 1 different or failed, 77 no CUDA device.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
 
 #include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <optional>
-#include <tuple>
+
+#include "prism_cuda/prefill.h"
 
 namespace {
-
-using Prefill = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef high_band,
-    at::IntArrayRef low_band, double top_p, int64_t keep_sink, int64_t keep_recent,
-    std::optional<double> keep_above, std::optional<double> scale, bool causal,
-    int64_t q_block_size, int64_t k_block_size);
 
 int run(const char* library) {
   // The library registers its ops as it is loaded.
@@ -28,11 +22,15 @@ int run(const char* library) {
     std::fprintf(stderr, "cannot load %s: %s\n", library, dlerror());
     return 1;
   }
-  const auto prefill =
-      c10::Dispatcher::singleton().findSchemaOrThrow("prism::prefill", "").typed<Prefill>();
+  c10::Dispatcher::singleton().findSchemaOrThrow("prism::prefill", "");
   std::printf("%s has prism::prefill\n", library);
   if (!at::hasCUDA()) {
-    std::printf("skipped the call: no CUDA device, and CPU tensors are served by Python\n");
+    const at::Tensor x = at::zeros({1, 2, 256, 64});
+    try {
+      prism_cuda::prefill(x, x, x);
+    } catch (const std::exception& refusal) {
+      std::printf("skipped: no CUDA device, and of CPU tensors the op says\n%s\n", refusal.what());
+    }
     return 77;
   }
 
@@ -41,11 +39,9 @@ int run(const char* library) {
   const at::Tensor q = at::randn({1, 8, 4096, 128}, options);
   const at::Tensor k = at::randn({1, 2, 4096, 128}, options);
   const at::Tensor v = at::randn({1, 2, 4096, 128}, options);
-  // The bands of a rotate-half RoPE model with head_dim 128, split at 64 and 96.
-  const auto [out, lse, bits, counts] =
-      prefill.call(q, k, v, {0, 32, 64, 96}, {16, 64, 80, 128}, /*top_p=*/1.0, /*keep_sink=*/1,
-                   /*keep_recent=*/1, /*keep_above=*/std::nullopt, /*scale=*/std::nullopt,
-                   /*causal=*/true, 128, 128);
+  prism_cuda::PrefillOptions keep_all;
+  keep_all.top_p = {1.0};
+  const auto [out, lse, bits, counts] = prism_cuda::prefill(q, k, v, keep_all);
 
   const at::Tensor dense = at::scaled_dot_product_attention(
       q.to(at::kFloat), k.to(at::kFloat).repeat_interleave(4, 1),

@@ -15,10 +15,11 @@
 #include <vector>
 
 #include "kernels/attention/sparse_attention.h"
-#include "kernels/grid/estimate_grid.h"
+#include "kernels/bands/block_pool.h"
+#include "kernels/bands/select_bands.h"
+#include "kernels/grid/select_grid.h"
 #include "kernels/introspect.h"
-#include "kernels/pool/block_pool.h"
-#include "kernels/select/select_blocks.h"
+#include "kernels/keep/keep_blocks.h"
 
 namespace {
 
@@ -160,8 +161,15 @@ int compute_capability() {
   return 10 * major + minor;
 }
 
-prism::SelectBlocksParams select_params(const Shape& shape, double top_p) {
-  prism::SelectBlocksParams params = {};
+prism::KeepRules rules_of(double top_p, double keep_above = INFINITY) {
+  prism::KeepRules rules;
+  rules.top_p[0] = top_p;
+  rules.keep_above[0] = keep_above;
+  return rules;
+}
+
+prism::SelectParams select_params(const Shape& shape, const prism::KeepRules& rules) {
+  prism::SelectParams params = {};
   params.batch = 1;
   params.q_heads = shape.q_heads;
   params.kv_heads = shape.kv_heads;
@@ -172,101 +180,148 @@ prism::SelectBlocksParams select_params(const Shape& shape, double top_p) {
   params.head_dim = shape.head_dim;
   params.q_block_size = shape.q_block;
   params.k_block_size = shape.k_block;
-  params.high.dims[0] = 0xffffffff;  // dimensions 0 to 31
-  params.high.size = 32;
-  params.low.dims[0] = 0xffffffff00000000;  // dimensions 32 to 63
-  params.low.size = 32;
-  params.top_p = top_p;
-  params.keep_above = INFINITY;  // off
-  params.keep_sink = 1;
-  params.keep_recent = 1;
+  params.rules = rules;
   params.causal = true;
   return params;
 }
 
-prism::TensorView view_of(const DeviceBuffer<float>& means, int heads, int blocks, int head_dim) {
-  return {means.get(), int64_t(heads) * blocks * head_dim, int64_t(blocks) * head_dim, head_dim};
-}
-
-int64_t workspace_bytes(const prism::SelectBlocksParams& params) {
-  int64_t bytes = 0;
-  check(prism::select_workspace_bytes(params, &bytes), "select_workspace_bytes");
-  return bytes;
-}
-
-// From finished means. Launches do not overlap where `sm` is below 90.
-Mask select_from_means(const Shape& shape, const DeviceBuffer<float>& q_means,
-                       const DeviceBuffer<float>& k_means, double top_p, int sm) {
+// Allocates the outputs, and a workspace of as many bytes, for a launch that fills them.
+template <typename Launch>
+Mask run_selection(const Shape& shape, int64_t workspace_bytes, prism::SelectParams& params,
+                   const char* what, Launch launch) {
   const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
-  prism::SelectBlocksParams params = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(workspace_bytes(params));
+  const DeviceBuffer<char> workspace(workspace_bytes);
   const DeviceBuffer<uint32_t> bits(rows * shape.words());
   const DeviceBuffer<int32_t> counts(rows);
-  params.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
-  params.k_means = view_of(k_means, shape.kv_heads, shape.k_blocks(), shape.head_dim);
   params.workspace = workspace.get();
   params.bits = bits.get();
   params.counts = counts.get();
-  check(prism::launch_prepare_means(params, nullptr), "prepare_means");
-  check(prism::launch_select_blocks(params, sm, nullptr), "select_blocks");
+  check(launch(), what);
   return {bits.host(), counts.host()};
 }
 
-// From q and k, pooled in one launch.
-Mask estimate(const Shape& shape, const Input& q, const Input& k, double top_p) {
-  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
-  prism::EstimatePoolParams params = {};
+// From k_means if there are any, else from k. Launches do not overlap where `sm` is below 90.
+Mask select_bands(const Shape& shape, const Input& q, const Input& k,
+                  const DeviceBuffer<float>* k_means, const prism::KeepRules& rules, int sm) {
+  prism::BandsParams params = {};
+  params.q = q.view();
+  if (k_means == nullptr) {
+    params.k = k.view();
+  } else {
+    const int64_t head_stride = int64_t(shape.k_blocks()) * shape.head_dim;
+    params.k_means = {k_means->get(), shape.kv_heads * head_stride, head_stride, shape.head_dim};
+  }
+  params.select = select_params(shape, rules);
+  params.high.dims[0] = 0xffffffff;  // dimensions 0 to 31
+  params.high.size = 32;
+  params.low.dims[0] = 0xffffffff00000000;  // dimensions 32 to 63
+  params.low.size = 32;
+  params.dtype = prism::DType::kBFloat16;
+  int64_t bytes = 0;
+  check(prism::bands_workspace_bytes(params, &bytes), "bands_workspace_bytes");
+  return run_selection(shape, bytes, params.select, "select_bands",
+                       [&] { return prism::launch_select_bands(params, sm, nullptr); });
+}
+
+Mask select_grid(const Shape& shape, const Input& q, const Input& k,
+                 const prism::KeepRules& rules) {
+  prism::GridParams params = {};
   params.q = q.view();
   params.k = k.view();
+  params.scale = static_cast<float>(1 / std::sqrt(double(shape.head_dim)));
   params.dtype = prism::DType::kBFloat16;
-  params.select = select_params(shape, top_p);
-  const DeviceBuffer<char> workspace(workspace_bytes(params.select));
-  const DeviceBuffer<float> q_means(rows * shape.head_dim);
-  const DeviceBuffer<uint32_t> bits(rows * shape.words());
-  const DeviceBuffer<int32_t> counts(rows);
-  params.select.q_means = view_of(q_means, shape.q_heads, shape.q_blocks(), shape.head_dim);
-  params.select.workspace = workspace.get();
-  params.select.bits = bits.get();
-  params.select.counts = counts.get();
-  check(prism::launch_estimate_pool(params, nullptr), "estimate_pool");
-  check(prism::launch_select_blocks(params.select, compute_capability(), nullptr), "select_blocks");
-  return {bits.host(), counts.host()};
+  params.select = select_params(shape, rules);
+  int64_t bytes = 0;
+  check(prism::grid_workspace_bytes(params, &bytes), "grid_workspace_bytes");
+  return run_selection(shape, bytes, params.select, "select_grid", [&] {
+    return prism::launch_select_grid(params, compute_capability(), nullptr);
+  });
+}
+
+// Words in which two masks differ, of heads [first, end).
+int differing(const Shape& shape, const Mask& a, const Mask& b, int first, int end) {
+  const size_t head_words = size_t(shape.q_blocks()) * shape.words();
+  int count = 0;
+  for (size_t i = first * head_words; i < end * head_words; ++i) {
+    count += a.bits[i] != b.bits[i];
+  }
+  for (size_t row = size_t(first) * shape.q_blocks(); row < size_t(end) * shape.q_blocks(); ++row) {
+    count += a.counts[row] != b.counts[row];
+  }
+  return count;
+}
+
+// With rules of its own every head keeps what it keeps where all heads have these rules.
+template <typename Select>
+void test_rules_per_head(const char* what, const Shape& shape, Select select) {
+  prism::KeepRules rules;
+  rules.per_head = true;
+  for (int head = 0; head < shape.q_heads; ++head) {
+    rules.top_p[head] = head % 3 == 0 ? 1.0 : 0.9 / head;
+    rules.keep_above[head] = head % 2 == 0 ? INFINITY : 0.05;
+  }
+  const Mask mask = select(rules);
+  int wrong = 0;
+  for (int head = 0; head < shape.q_heads; ++head) {
+    const Mask alone = select(rules_of(rules.top_p[head], rules.keep_above[head]));
+    wrong += differing(shape, mask, alone, head, head + 1);
+  }
+  report(what, shape, wrong, 0);
+}
+
+// What a window of that many keys shows, counted by hand: keep_blocks writes no more and no less.
+Mask visible_blocks(const Shape& shape, int window_left) {
+  Mask mask;
+  const int offset = shape.k_len - shape.q_len;
+  for (int head = 0; head < shape.q_heads; ++head) {
+    for (int i = 0; i < shape.q_blocks(); ++i) {
+      std::vector<uint32_t> row(shape.words());
+      int count = 0;
+      for (int j = 0; j < shape.k_blocks(); ++j) {
+        bool seen = false;
+        for (int token = i * shape.q_block; token < std::min((i + 1) * shape.q_block, shape.q_len);
+             ++token) {
+          const int last = token + offset;
+          const int first = window_left < 0 ? 0 : last - window_left;
+          seen |= j * shape.k_block <= last && (j + 1) * shape.k_block > first;
+        }
+        row[j / 32] |= uint32_t{seen} << (j % 32);
+        count += seen;
+      }
+      mask.bits.insert(mask.bits.end(), row.begin(), row.end());
+      mask.counts.push_back(count);
+    }
+  }
+  return mask;
+}
+
+void test_keep_blocks(const Shape& shape) {
+  for (int window_left : {-1, 0, 70}) {
+    prism::KeepBlocksParams params = {};
+    params.select = select_params(shape, rules_of(1));
+    params.window_left = window_left;
+    const Mask mask = run_selection(shape, 1, params.select, "keep_blocks",
+                                    [&] { return prism::launch_keep_blocks(params, nullptr); });
+    report("keep_blocks", shape,
+           differing(shape, mask, visible_blocks(shape, window_left), 0, shape.q_heads), 0);
+  }
 }
 
 // top_p = 1 keeps what is visible, no more and no less; below, all ways give the same mask.
-void test_select_blocks(const Shape& shape, const Input& q, const Input& k,
-                        const DeviceBuffer<float>& q_means, const DeviceBuffer<float>& k_means) {
+void test_select_bands(const Shape& shape, const Input& q, const Input& k,
+                       const DeviceBuffer<float>& k_means) {
   const int sm = compute_capability();
-  const Mask mask = select_from_means(shape, q_means, k_means, 1, sm);
-  int wrong = 0;
-  for (int head = 0; head < shape.q_heads; ++head) {
-    for (int i = 0; i < shape.q_blocks(); ++i) {
-      const int last_row = std::min((i + 1) * shape.q_block, shape.q_len) - 1;
-      const int last_position = last_row + shape.k_len - shape.q_len;
-      int visible = 0;
-      for (int j = 0; j < shape.k_blocks(); ++j) {
-        const bool expected = j * shape.k_block <= last_position;
-        visible += expected;
-        wrong += selected(shape, mask, head, i, j) != expected;
-      }
-      wrong += mask.counts[size_t(head) * shape.q_blocks() + i] != visible;
-    }
-  }
-  report("select_blocks", shape, wrong, 0);
-
-  const Mask some = select_from_means(shape, q_means, k_means, 0.5, sm);
-  const Mask portable = select_from_means(shape, q_means, k_means, 0.5, 80);
-  const Mask estimated = estimate(shape, q, k, 0.5);
-  const auto differing = [&](const Mask& other) {
-    int count = 0;
-    for (size_t i = 0; i < some.bits.size(); ++i) {
-      count += some.bits[i] != other.bits[i];
-    }
-    return count;
-  };
-  // Where a row's keys are divided otherwise, sums round otherwise: a near tie may go either way.
-  report("portable select", shape, differing(portable), shape.k_blocks() > 1024 ? 2 : 0);
-  report("estimate", shape, differing(estimated), 0);
+  const Mask all = select_bands(shape, q, k, &k_means, rules_of(1), sm);
+  report("select_bands", shape, differing(shape, all, visible_blocks(shape, -1), 0, shape.q_heads),
+         0);
+  const Mask some = select_bands(shape, q, k, &k_means, rules_of(0.5), sm);
+  const Mask portable = select_bands(shape, q, k, &k_means, rules_of(0.5), 80);
+  const Mask pooled = select_bands(shape, q, k, nullptr, rules_of(0.5), sm);
+  report("without overlap", shape, differing(shape, some, portable, 0, shape.q_heads), 0);
+  report("from k", shape, differing(shape, some, pooled, 0, shape.q_heads), 0);
+  test_rules_per_head("bands per head", shape, [&](const prism::KeepRules& rules) {
+    return select_bands(shape, q, k, nullptr, rules, sm);
+  });
 }
 
 // Half of the blocks at random; the first query block of head 0 has none.
@@ -383,28 +438,10 @@ struct Cells {
 };
 
 // Blocks of at least some mass, but for those whose mass is within 1 % of it.
-void test_estimate_grid(const Shape& shape, const Input& q, const Input& k) {
+void test_select_grid(const Shape& shape, const Input& q, const Input& k) {
   const double least = 1.5 / shape.k_blocks();
   const double scale = 1 / std::sqrt(double(shape.head_dim));
-  const size_t rows = size_t(shape.q_heads) * shape.q_blocks();
-  prism::EstimateGridParams params = {};
-  params.q = q.view();
-  params.k = k.view();
-  params.scale = static_cast<float>(scale);
-  params.dtype = prism::DType::kBFloat16;
-  params.select = select_params(shape, 0);
-  params.select.keep_above = least;
-  int64_t bytes = 0;
-  check(prism::grid_workspace_bytes(params, &bytes), "grid_workspace_bytes");
-  const DeviceBuffer<char> workspace(bytes);
-  const DeviceBuffer<uint32_t> bits(rows * shape.words());
-  const DeviceBuffer<int32_t> counts(rows);
-  params.select.workspace = workspace.get();
-  params.select.bits = bits.get();
-  params.select.counts = counts.get();
-  check(prism::launch_estimate_grid(params, compute_capability(), nullptr), "estimate_grid");
-
-  const Mask mask = {bits.host(), counts.host()};
+  const Mask mask = select_grid(shape, q, k, rules_of(0, least));
   int wrong = 0;
   for (int head = 0; head < shape.q_heads; ++head) {
     const Cells q_cells(q, head), k_cells(k, head / (shape.q_heads / shape.kv_heads));
@@ -447,7 +484,10 @@ void test_estimate_grid(const Shape& shape, const Input& q, const Input& k) {
       wrong += mask.counts[size_t(head) * shape.q_blocks() + i] != count;
     }
   }
-  report("estimate_grid", shape, wrong, 0);
+  report("select_grid", shape, wrong, 0);
+  test_rules_per_head("grid per head", shape, [&](const prism::KeepRules& rules) {
+    return select_grid(shape, q, k, rules);
+  });
 }
 
 void test_shape(const Shape& shape) {
@@ -455,12 +495,12 @@ void test_shape(const Shape& shape) {
   const Input q(shape.q_heads, shape.q_len, shape.head_dim, random);
   const Input k(shape.kv_heads, shape.k_len, shape.head_dim, random);
   const Input v(shape.kv_heads, shape.k_len, shape.head_dim, random);
-  const DeviceBuffer<float> q_means = test_block_pool(shape, q, shape.q_block);
-  const DeviceBuffer<float> k_means = test_block_pool(shape, k, shape.k_block);
-  test_select_blocks(shape, q, k, q_means, k_means);
+  test_block_pool(shape, q, shape.q_block);
+  test_select_bands(shape, q, k, test_block_pool(shape, k, shape.k_block));
   if (shape.head_dim <= 128) {
-    test_estimate_grid(shape, q, k);
+    test_select_grid(shape, q, k);
   }
+  test_keep_blocks(shape);
   test_sparse_attention(shape, q, k, v, random);
 }
 
@@ -469,9 +509,7 @@ void test_long_rows(const Shape& shape) {
   std::mt19937 random(1);
   const Input q(shape.q_heads, shape.q_len, shape.head_dim, random);
   const Input k(shape.kv_heads, shape.k_len, shape.head_dim, random);
-  const DeviceBuffer<float> q_means = test_block_pool(shape, q, shape.q_block);
-  const DeviceBuffer<float> k_means = test_block_pool(shape, k, shape.k_block);
-  test_select_blocks(shape, q, k, q_means, k_means);
+  test_select_bands(shape, q, k, test_block_pool(shape, k, shape.k_block));
 }
 
 void test_introspection() {

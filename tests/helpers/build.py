@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers import inputs, oracle
+from helpers import call, inputs, oracle
 from helpers.cases import AttentionCase, PoolCase, SelectCase
 
 
@@ -19,7 +20,7 @@ class AttentionInputs:
     mask: Tensor  # (B, Hq, Nq, Nk) bool
     bits: Tensor
     counts: Tensor
-    settings: dict[str, object]  # scale, causal, block sizes: the op's and the oracle's names
+    settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
 
     def op_arguments(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v, self.bits, self.counts
@@ -102,6 +103,8 @@ def select_bands(case: SelectCase) -> tuple[list[int], list[int]]:
 
 @dataclass
 class SelectInputs:
+    """A selection by bands from means; a query block's tokens are all equal to its mean."""
+
     q_means: Tensor
     k_means: Tensor
     q_len: int
@@ -109,21 +112,29 @@ class SelectInputs:
     high_band: list[int]
     low_band: list[int]
     top_p: float
-    settings: dict[str, object]  # the keyword arguments, under the op's and the oracle's names
+    settings: dict[str, Any]  # the keyword arguments, under the op's and the oracle's names
 
-    def op_arguments(self) -> tuple[object, ...]:
-        return (
-            self.q_means,
-            self.k_means,
-            self.q_len,
-            self.k_len,
-            self.high_band,
-            self.low_band,
-            self.top_p,
-        )
+    def q(self) -> Tensor:
+        size = self.settings.get("q_block_size", 128)
+        q = self.q_means.repeat_interleave(size, 2)[:, :, : self.q_len]
+        return q.bfloat16() if q.is_cuda else q
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        bands = (self.high_band, self.low_band)
+        return call.select_bands(
+            self.q(), None, *bands, self.top_p, k_means=self.k_means, k_len=self.k_len,
+            **self.settings,
+        )  # fmt: skip
+
+    def expected(self) -> oracle.Selection:
+        q_means = oracle.block_means(self.q(), self.settings.get("q_block_size", 128))
+        return oracle.select(
+            q_means, self.k_means, self.q_len, self.k_len, self.high_band, self.low_band,
+            self.top_p, **self.settings,
+        )  # fmt: skip
 
 
-def select_settings(case: SelectCase) -> dict[str, object]:
+def select_settings(case: SelectCase) -> dict[str, Any]:
     return {
         "keep_sink": case.keep_sink,
         "keep_recent": case.keep_recent,

@@ -120,6 +120,10 @@ class RaggedInputs:
         arguments = {"q": self.q, "k": self.k, "v": self.v, "bits": bits, "counts": counts}
         return arguments | self.tensors | self.settings | self.scales
 
+    def where(self) -> dict[str, Any]:
+        """What says where the sequences are."""
+        return {name: x for name, x in self.tensors.items() if name != "sinks"}
+
     def rows(self) -> list[slice]:
         ends = self.tensors["cu_seqlens_q"].tolist()
         return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
@@ -240,7 +244,7 @@ def ragged_inputs(
     )
 
 
-def estimated_alone(op: Any, case: RaggedInputs, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def selected_alone(op: Any, case: RaggedInputs, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Bits and counts that `op` gives the sequences one by one, in the shape of the batch."""
     max_q, max_k = case.tensors["max_seqlen_q"], case.tensors["max_seqlen_k"]
     q_blocks = oracle.ceil_div(max_q, case.settings["q_block_size"])
@@ -250,7 +254,7 @@ def estimated_alone(op: Any, case: RaggedInputs, settings: dict[str, Any]) -> tu
     bits = torch.zeros(*counts.shape, words, dtype=torch.int32)
     for b, rows in enumerate(rows_of):
         q = case.q[rows].transpose(0, 1)[None]
-        own, own_counts = op(q, case.keys[b][None], **settings)
+        own, own_counts = op(q=q, k=case.keys[b][None], **settings)
         bits[b, :, : own.shape[2], : own.shape[3]] = own[0].cpu()
         counts[b, :, : own.shape[2]] = own_counts[0].cpu()
     return bits, counts

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+import prism_cuda  # noqa: F401  registers the ops
 from helpers import oracle
 
 Arguments = dict[str, Any]
@@ -41,7 +42,7 @@ PAGE_SIZE = 16
 
 
 def sum_rows(head_dim: int) -> int:
-    """Rows of sums that pool_append_ keeps."""
+    """Rows of sums that append_means_ keeps."""
     return 1024 // next(width for width in (64, 128, 256) if head_dim <= width)
 
 
@@ -69,41 +70,64 @@ def tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
         "q": make(sizes.q_heads, sizes.q_len),
         "k": make(sizes.kv_heads, sizes.k_len),
         "v": make(sizes.kv_heads, sizes.k_len),
-        "q_means": make(sizes.q_heads, q_blocks, torch.float32),
-        "k_means": make(sizes.kv_heads, k_blocks, torch.float32),
         "bits": bits,
         "counts": counts,
         "sinks": torch.zeros(sizes.q_heads, device=device),
     }
 
 
-def call_of(
-    *names: str, selects: bool = False, bands: bool = True, attends: bool = False
-) -> Callable[[Right, str], Arguments]:
-    """Builds a right call with these tensors and settings."""
+Build = Callable[[Right, str], Arguments]
+
+RULES: Arguments = {"top_p": [0.9], "keep_above": None, "keep_sink": 1, "keep_recent": 1}
+
+
+def call_of(op: str, layout: str, estimator: str = "") -> Build:
+    """Builds a right call of an op that takes q.
+
+    Args:
+        layout: "dense", "packed" or "paged"; or "pooled", dense with keys pooled before.
+        estimator: of prefill.
+    """
 
     def build(sizes: Right, device: str) -> Arguments:
-        arguments: Arguments = {name: tensors(sizes, device)[name] for name in names}
-        if selects and bands:
-            arguments["high_band"], arguments["low_band"] = sizes.bands()
-        if selects:
-            arguments |= {"top_p": 0.9, "keep_sink": 1, "keep_recent": 1, "keep_above": None}
-        if attends:
-            arguments["scale"] = None
-        if "bits" in names:
-            arguments |= {"softcap": 30.0, "window_left": 100}
-        blocks = dict(zip(("q_block_size", "k_block_size"), sizes.blocks, strict=True))
-        return arguments | {"causal": True} | blocks
+        x = tensors(sizes, device)
+        arguments: Arguments = {"causal": True, "scale": None} | RULES
+        arguments |= dict(zip(("q_block_size", "k_block_size"), sizes.blocks, strict=True))
+        arguments |= {"q": x["q"], "k": x["k"], "v": x["v"], "estimator": estimator}
+        by_bands = "bands" in (op.removeprefix("select_"), estimator)
+        bands = sizes.bands() if by_bands else ([], [])
+        arguments |= dict(zip(("high_band", "low_band"), bands, strict=True))
+        arguments |= {"bits": x["bits"], "counts": x["counts"], "sinks": x["sinks"]}
+        arguments |= {"softcap": 30.0, "window_left": 100}
+        if layout == "pooled":
+            arguments |= {"k": None} | pooled_keys(op, sizes, device)
+        if layout in ("packed", "paged"):
+            arguments |= ragged(sizes, device, layout == "paged")
+        return {name: value for name, value in arguments.items() if name in arguments_of(op)}
 
     return build
 
 
-def select_blocks_call(sizes: Right, device: str) -> Arguments:
-    build = call_of("q_means", "k_means", selects=True)
-    return build(sizes, device) | {"q_len": sizes.q_len, "k_len": sizes.k_len}
+def arguments_of(op: str) -> list[str]:
+    """The names of an op's arguments."""
+    schema = getattr(torch.ops.prism, op).default._schema
+    return [argument.name for argument in schema.arguments]
 
 
-def pool_append_call(sizes: Right, device: str) -> Arguments:
+def pooled_keys(op: str, sizes: Right, device: str) -> Arguments:
+    """With room for a block, or a cell, more than they need."""
+    if op == "select_bands":
+        shape = (sizes.batch, sizes.kv_heads, sizes.block_counts()[1] + 1, sizes.head_dim)
+        return {"k_means": torch.ones(shape, device=device), "k_len": sizes.k_len}
+    cells = (sizes.batch, sizes.kv_heads, oracle.ceil_div(sizes.k_len, oracle.CELL) + 1)
+    return {
+        "k_cells": torch.ones(*cells, 2 * sizes.head_dim, dtype=torch.half, device=device),
+        "k_factors": torch.ones(cells, device=device),
+        "k_len": sizes.k_len,
+    }
+
+
+def append_means_call(sizes: Right, device: str) -> Arguments:
     """The means have room for a block more than they need, which the op writes to."""
     x, start = tensors(sizes, device)["q"], 70
     blocks = oracle.ceil_div(start + sizes.q_len, sizes.blocks[0]) + 1
@@ -123,16 +147,6 @@ def pool_cells_call(sizes: Right, device: str) -> Arguments:
         "cells": torch.zeros(*cells, 2 * sizes.head_dim, dtype=torch.half, device=device),
         "factors": torch.zeros(cells, device=device),
         "start": start,
-    }
-
-
-def select_grid_call(sizes: Right, device: str) -> Arguments:
-    build = call_of("q", selects=True, bands=False, attends=True)
-    cells = (sizes.batch, sizes.kv_heads, oracle.ceil_div(sizes.k_len, oracle.CELL) + 1)
-    return build(sizes, device) | {
-        "k_cells": torch.ones(*cells, 2 * sizes.head_dim, dtype=torch.half, device=device),
-        "k_factors": torch.ones(cells, device=device),
-        "k_len": sizes.k_len,
     }
 
 
@@ -163,39 +177,21 @@ def ragged_tensors(sizes: Right, device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def ragged_call(
-    base: Callable[[Right, str], Arguments], paged: bool, *names: str
-) -> Callable[[Right, str], Arguments]:
-    """A call of an op's batched arguments and of `names` as ragged sequences."""
-
-    def build(sizes: Right, device: str) -> Arguments:
-        ragged = ragged_tensors(sizes, device)
-        return (
-            base(sizes, device)
-            | {name: ragged[f"{name}_pages" if paged and name != "q" else name] for name in names}
-            | {
-                "cu_seqlens_q": ragged["cu_seqlens_q"],
-                "cu_seqlens_k": None if paged else ragged["cu_seqlens_k"],
-                "seqused_k": ragged["seqused_k"],
-                "block_table": ragged["block_table"] if paged else None,
-                "max_seqlen_q": sizes.q_len,
-                "max_seqlen_k": sizes.k_len,
-            }
-        )
-
-    return build
-
-
-def varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
-    return ragged_call(call_of("bits", "counts", "sinks", attends=True), paged, "q", "k", "v")
-
-
-def estimate_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
-    return ragged_call(call_of(selects=True), paged, "q", "k")
-
-
-def grid_varlen_call(paged: bool) -> Callable[[Right, str], Arguments]:
-    return ragged_call(call_of(selects=True, bands=False, attends=True), paged, "q", "k")
+def ragged(sizes: Right, device: str, paged: bool) -> Arguments:
+    """What a call of the same sequences one after the other has instead of the dense tensors."""
+    x = ragged_tensors(sizes, device)
+    k, v = ("k_pages", "v_pages") if paged else ("k", "v")
+    return {
+        "q": x["q"],
+        "k": x[k],
+        "v": x[v],
+        "cu_seqlens_q": x["cu_seqlens_q"],
+        "cu_seqlens_k": None if paged else x["cu_seqlens_k"],
+        "seqused_k": x["seqused_k"],
+        "block_table": x["block_table"] if paged else None,
+        "max_seqlen_q": sizes.q_len,
+        "max_seqlen_k": sizes.k_len,
+    }
 
 
 def fp8_call(

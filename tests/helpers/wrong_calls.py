@@ -11,385 +11,80 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import assume
 from hypothesis import strategies as st
 
-from helpers import oracle
+from helpers.mutations import (
+    ABSENT,
+    ANY_INT,
+    ATTENDED,
+    BAND,
+    BLOCK_SIZE,
+    BLOCK_SIZE_OF_PAIR,
+    CELLED_LENGTH,
+    CELLS,
+    COUNT,
+    ESTIMATED,
+    FACTORS,
+    FLAG,
+    K_HEADS,
+    LENGTH,
+    LENGTHS,
+    LIKE_K,
+    LONGEST,
+    MASK,
+    MASKED_K,
+    MEANS,
+    MEANT_LENGTH,
+    NO_SCALE,
+    NOT_A_TENSOR,
+    NOT_FP8,
+    NOT_HALF,
+    NOT_HALF_NOR_FP8,
+    PACKED,
+    PAGED,
+    PROBABILITY,
+    Q_HEADS,
+    SCALE,
+    SINKS,
+    SOFTCAP,
+    START,
+    START_OF_CELL,
+    STATE,
+    THRESHOLD,
+    TOGETHER,
+    WINDOW,
+    Draw,
+    Mutation,
+    Site,
+    activation,
+    appended_fits,
+    celled_fits,
+    dtypes,
+    gaps,
+    given,
+    integers_but,
+    last_stride,
+    may_be_fp8,
+    on_meta,
+    other_half,
+    other_supported_head_dim,
+    other_type,
+    pages_fit,
+    rank,
+    same,
+    size,
+)
 from helpers.right_calls import (
-    PAGE_SIZE,
     RIGHT,
     Arguments,
     Right,
+    append_means_call,
+    arguments_of,
     block_pool_call,
     call_of,
-    estimate_varlen_call,
     fp8_call,
-    grid_varlen_call,
-    pool_append_call,
     pool_cells_call,
-    select_blocks_call,
-    select_grid_call,
-    varlen_call,
 )
-
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-
-@dataclass(frozen=True)
-class Site:
-    """An argument about to be changed: the right value and the call around it."""
-
-    name: str
-    value: Any
-    arguments: Arguments
-    sizes: Right
-
-    def like(self, *shape: int) -> torch.Tensor:
-        return self.value.new_zeros(shape)
-
-
-Mutation = Callable[[Draw, Site], Any]
-
-
-def one_of(values: Callable[[Site], list[Any]]) -> Mutation:
-    return lambda draw, site: draw(st.sampled_from(values(site)))
-
-
-def drawn(strategy: st.SearchStrategy[Any]) -> Mutation:
-    return lambda draw, _: draw(strategy)
-
-
-def other_type(*values: Any) -> Mutation:
-    return drawn(st.sampled_from(values))
-
-
-# Tensors
-
-OTHER_DTYPES = (
-    torch.float64,
-    torch.int64,
-    torch.int16,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.float8_e4m3fn,
-)
-
-
-def dtypes(*allowed: torch.dtype) -> Mutation:
-    """None of the allowed dtypes."""
-
-    def mutate(draw: Draw, site: Site) -> torch.Tensor:
-        wrong = {*OTHER_DTYPES, torch.float32, torch.int32, torch.float16} - set(allowed)
-        if site.value.is_cpu and torch.bfloat16 in allowed:
-            wrong.discard(torch.float32)
-        return site.value.to(draw(st.sampled_from(sorted(wrong, key=str))))
-
-    return mutate
-
-
-def other_half(_: Draw, site: Site) -> torch.Tensor:
-    """A supported dtype that the other tensors do not have."""
-    other = torch.float16 if site.value.dtype == torch.bfloat16 else torch.bfloat16
-    return site.value.to(other)
-
-
-def rank(draw: Draw, site: Site) -> torch.Tensor:
-    dims = draw(st.sampled_from([n for n in (0, 1, 2, 3, 4, 5, 6) if n != site.value.dim()]))
-    shape = draw(st.lists(st.sampled_from([1, 2, 64, 130]), min_size=dims, max_size=dims))
-    return site.value.new_zeros(()).expand(shape)
-
-
-def size(dim: int, fits: Callable[[int, Site], bool], largest: int = 1000) -> Mutation:
-    """One dimension has a size that does not fit."""
-
-    def mutate(draw: Draw, site: Site) -> torch.Tensor:
-        shape = list(site.value.shape)
-        near = st.integers(max(shape[dim] - 3, 0), shape[dim] + 3)
-        sizes = st.one_of(near, st.integers(0, largest))
-        shape[dim] = draw(sizes.filter(lambda n: n != shape[dim] and not fits(n, site)))
-        return site.like(*shape)
-
-    return mutate
-
-
-def last_stride(draw: Draw, site: Site) -> torch.Tensor:
-    """The right shape, its last stride not 1."""
-    x = site.value
-    step = draw(st.integers(0, 5).filter(lambda n: n != 1))
-    if step == 0:
-        return x[..., :1].expand(x.shape)
-    return site.like(*x.shape, step)[..., draw(st.integers(0, step - 1))]
-
-
-def transposed(draw: Draw, site: Site) -> torch.Tensor:
-    """The right shape, another dimension innermost."""
-    outer = site.value.shape[:-1]
-    dim = draw(st.sampled_from([d for d, length in enumerate(outer) if length > 1]))
-    return site.value.transpose(dim, -1).contiguous().transpose(dim, -1)
-
-
-def gaps(draw: Draw, site: Site) -> torch.Tensor:
-    """The right shape, not contiguous."""
-    assume(site.value.numel() > 1)
-    step = draw(st.integers(2, 5))
-    return site.like(*site.value.shape, step)[..., draw(st.integers(0, step - 1))]
-
-
-def on_meta(_: Draw, site: Site) -> torch.Tensor:
-    return site.value.to("meta")
-
-
-def same(n: int, _: Site) -> bool:
-    return False  # any other size is wrong
-
-
-def estimated_head_dim(n: int, _: Site) -> bool:
-    return n % 8 == 0 and 0 < n <= 256
-
-
-def whole_groups_of_kv(n: int, site: Site) -> bool:
-    return n % site.sizes.kv_heads == 0
-
-
-def divides_q(n: int, site: Site) -> bool:
-    return n > 0 and site.sizes.q_heads % n == 0
-
-
-NOT_A_TENSOR = other_type("x", 3, 0.5, [1, 2], {}, torch.float32)
-ABSENT = one_of(lambda _: [None])
-HALVES = (torch.bfloat16, torch.float16)
-NOT_HALF = dtypes(*HALVES)
-NOT_HALF_NOR_FP8 = dtypes(*HALVES, torch.float8_e4m3fn)
-NOT_FP8 = dtypes(torch.float8_e4m3fn)
-
-
-def may_be_fp8(*mutations: Mutation) -> tuple[Mutation, ...]:
-    return tuple(NOT_HALF_NOR_FP8 if mutate is NOT_HALF else mutate for mutate in mutations)
-
-
-def activation(
-    head_dim: Callable[[int, Site], bool] = estimated_head_dim, dims: int = 4
-) -> tuple[Mutation, ...]:
-    """(B, H, L, D), or other dimensions before D, on its own."""
-    return (
-        NOT_HALF,
-        rank,
-        size(dims - 1, head_dim),
-        last_stride,
-        transposed,
-        NOT_A_TENSOR,
-    )
-
-
-def other_supported_head_dim(draw: Draw, site: Site) -> torch.Tensor:
-    *outer, head_dim = site.value.shape
-    return site.like(*outer, draw(st.sampled_from([d for d in (64, 128) if d != head_dim])))
-
-
-TOGETHER = (other_half, other_supported_head_dim, on_meta, ABSENT)
-ESTIMATED = (*activation(), *TOGETHER, size(0, same))
-ATTENDED = (*activation(same), *TOGETHER, size(0, same))
-PACKED = activation(same, dims=3) + TOGETHER
-PAGED = (*activation(same), *TOGETHER, size(0, same), size(1, same), size(2, same))
-Q_HEADS = size(1, whole_groups_of_kv)
-K_HEADS = size(1, divides_q)
-LIKE_K = (size(1, same), size(2, same))
-
-MEANS = (
-    dtypes(torch.float32),
-    rank,
-    size(3, estimated_head_dim),
-    other_supported_head_dim,
-    size(0, same),
-    size(2, same),
-    last_stride,
-    transposed,
-    on_meta,
-    ABSENT,
-    NOT_A_TENSOR,
-)
-
-MASK = (
-    dtypes(torch.int32),
-    rank,
-    size(0, same),
-    size(1, same),
-    size(2, same),
-    gaps,
-    on_meta,
-    ABSENT,
-    NOT_A_TENSOR,
-)
-
-# (rows,), or None
-VECTOR = (rank, size(0, same), gaps, on_meta, NOT_A_TENSOR)
-SINKS = (dtypes(torch.float32), *VECTOR)
-LENGTHS = (dtypes(torch.int32), *VECTOR)
-
-CELLS = (
-    dtypes(torch.float16),
-    rank,
-    size(0, same),
-    size(3, same),
-    last_stride,
-    transposed,
-    on_meta,
-    ABSENT,
-    NOT_A_TENSOR,
-)
-FACTORS = (
-    dtypes(torch.float32),
-    rank,
-    size(0, same),
-    size(2, same),
-    last_stride,
-    on_meta,
-    ABSENT,
-    NOT_A_TENSOR,
-)
-
-STATE = (
-    dtypes(torch.float32),
-    rank,
-    size(0, same),
-    size(1, same),
-    size(3, same),
-    gaps,
-    on_meta,
-    ABSENT,
-    NOT_A_TENSOR,
-)
-
-
-def given(draw: Draw, site: Site) -> torch.Tensor:
-    """A tensor where there must be none."""
-    shape = draw(st.lists(st.integers(0, 5), max_size=3))
-    return site.arguments["cu_seqlens_q"].new_zeros(shape)
-
-
-def scale_of_halves(draw: Draw, site: Site) -> torch.Tensor:
-    """A scale where k and v are not fp8."""
-    like = next(x for x in site.arguments.values() if isinstance(x, torch.Tensor))
-    return torch.ones(draw(st.integers(0, 8)), device=like.device)
-
-
-NO_SCALE = (scale_of_halves, NOT_A_TENSOR)
-
-# Numbers
-
-NOT_INT64 = st.one_of(st.integers(2**63, 2**80), st.integers(-(2**80), -(2**63) - 1))
-INT64 = st.one_of(st.integers(-300, 300), st.integers(-(2**63), 2**63 - 1))
-NOT_AN_INT = other_type("64", None, 0.5, [64], {})
-NOT_A_FLOAT = other_type("0.5", [0.5], {}, 1j)
-
-
-def integers_but(fits: Callable[[int, Site], bool]) -> tuple[Mutation, ...]:
-    """Integers that do not fit, integers that are none of C++, and no integers."""
-
-    def mutate(draw: Draw, site: Site) -> int:
-        return draw(INT64.filter(lambda n: not fits(n, site)))
-
-    return mutate, drawn(NOT_INT64), NOT_AN_INT
-
-
-def _pair_fits(n: int, site: Site) -> bool:
-    pair = dict(site.arguments) | {site.name: n}
-    return (pair["q_block_size"], pair["k_block_size"]) in ((128, 128), (128, 64), (64, 64))
-
-
-def _length_fits(n: int, site: Site) -> bool:
-    index = "qk".index(site.name.removeprefix("max_seqlen_")[0])
-    blocks, block_size = site.sizes.block_counts()[index], site.sizes.blocks[index]
-    return n >= 0 and oracle.ceil_div(n, block_size) == blocks
-
-
-def _longest_fits(n: int, site: Site) -> bool:
-    table = site.arguments["block_table"] if site.name == "max_seqlen_k" else None
-    return 0 <= n <= 2**30 - 256 and (table is None or n <= table.shape[1] * PAGE_SIZE)
-
-
-def _masked_k_fits(n: int, site: Site) -> bool:
-    words = site.arguments["bits"].shape[3]
-    return (
-        _longest_fits(n, site)
-        and oracle.ceil_div(oracle.ceil_div(n, site.sizes.blocks[1]), 32) == words
-    )
-
-
-def _pages_fit(n: int, site: Site) -> bool:
-    return n * PAGE_SIZE >= site.arguments["max_seqlen_k"]
-
-
-def _appended_fits(name: str) -> Callable[[int, Site], bool]:
-    """Whether the means have room if this size of the call is n."""
-
-    def fits(n: int, site: Site) -> bool:
-        sizes = {
-            "start": site.arguments["start"],
-            "length": site.arguments["x"].shape[2],
-            "blocks": site.arguments["means"].shape[2],
-        } | {name: n}
-        end = sizes["start"] + sizes["length"]
-        return sizes["start"] >= 0 and end <= sizes["blocks"] * site.sizes.blocks[0]
-
-    return fits
-
-
-def _celled_fits(name: str) -> Callable[[int, Site], bool]:
-    """Whether the cells have room if this size of the call is n."""
-
-    def fits(n: int, site: Site) -> bool:
-        sizes = {"start": site.arguments["start"], "length": site.arguments["x"].shape[2]}
-        sizes |= {name: n}
-        start, capacity = sizes["start"], site.arguments["cells"].shape[2] * oracle.CELL
-        return start >= 0 and start % oracle.CELL == 0 and start + sizes["length"] <= capacity
-
-    return fits
-
-
-def _has_cells(n: int, site: Site) -> bool:
-    return 0 <= n <= site.arguments["k_cells"].shape[2] * oracle.CELL
-
-
-START_OF_CELL = integers_but(_celled_fits("start"))
-CELLED_LENGTH = integers_but(_has_cells)
-BLOCK_SIZE = integers_but(lambda n, _: n in (64, 128))
-BLOCK_SIZE_OF_PAIR = integers_but(_pair_fits)
-LENGTH = integers_but(_length_fits)
-MASKED_K = integers_but(_masked_k_fits)
-LONGEST = integers_but(_longest_fits)
-START = integers_but(_appended_fits("start"))
-COUNT = integers_but(lambda n, _: n >= 0)
-PROBABILITY = (drawn(st.floats().filter(lambda p: not 0 <= p <= 1)), ABSENT, NOT_A_FLOAT)
-THRESHOLD = (drawn(st.floats().filter(lambda p: not 0 < p <= 1)), NOT_A_FLOAT)
-# Times log2(e) it has to be a normal float32.
-SCALE = (drawn(st.floats().filter(lambda s: not 8e-39 < s < 2.4e38)), NOT_A_FLOAT)
-SOFTCAP = (drawn(st.floats().filter(lambda s: not 2**-64 <= s <= 2**64)), NOT_A_FLOAT)
-WINDOW = (drawn(st.integers(-(2**63), -1)), drawn(NOT_INT64), other_type("64", 0.5, [64], {}))
-FLAG = (other_type("yes", [True], {}),)
-
-
-def band_is_right(band: list[int], head_dim: int) -> bool:
-    starts, ends = band[0::2], band[1::2]
-    return (
-        len(starts) == len(ends) <= 8
-        and all(start < end for start, end in zip(starts, ends, strict=True))
-        and band == sorted(band)
-        and all(0 <= d <= head_dim for d in band)
-    )
-
-
-def wrong_band(draw: Draw, site: Site) -> list[int]:
-    dims = st.one_of(st.integers(-4, 132), INT64)
-    bands = st.lists(dims, max_size=20)
-    bands = st.one_of(bands, bands.map(lambda band: sorted(set(band))))
-    return draw(bands.filter(lambda band: not band_is_right(band, site.sizes.head_dim)))
-
-
-BAND = (wrong_band, other_type(None, 5, 0.5, "0", [0, 0.5], [0, "32"], [0, 2**63]))
-
-# Ops
 
 
 @dataclass(frozen=True)
@@ -419,16 +114,13 @@ BLOCKS = {
     "q_block_size": BLOCK_SIZE_OF_PAIR,
     "k_block_size": BLOCK_SIZE_OF_PAIR,
 }
-RULES = BLOCKS | {
+RULES = {
     "top_p": PROBABILITY,
+    "keep_above": THRESHOLD,
     "keep_sink": COUNT,
     "keep_recent": COUNT,
-    "keep_above": THRESHOLD,
 }
-SELECTION = RULES | {"high_band": BAND, "low_band": BAND}
-MASKED = BLOCKS | {
-    "bits": (*MASK, size(3, same)),
-    "counts": MASK,
+SCORES = {
     "scale": SCALE,
     "sinks": SINKS,
     "softcap": SOFTCAP,
@@ -436,87 +128,111 @@ MASKED = BLOCKS | {
     "k_scale": NO_SCALE,
     "v_scale": NO_SCALE,
 }
-SEQUENCES = {
-    "cu_seqlens_q": (*LENGTHS, ABSENT),
-    "max_seqlen_q": LONGEST,
-    "max_seqlen_k": LONGEST,
+MASKS = {"bits": (*MASK, size(3, same)), "counts": MASK}
+GIVEN = (given, NOT_A_TENSOR)
+# Of a dense batch, of a packed and of a paged one.
+BATCHES: dict[str, dict[str, tuple[Mutation, ...]]] = {
+    "dense": {
+        **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "block_table"), GIVEN),
+        **dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), ANY_INT),
+        "dense_below": integers_but(lambda n, _: n == 0),
+    },
+    "packed": {
+        "cu_seqlens_q": (*LENGTHS, ABSENT),
+        "cu_seqlens_k": (*LENGTHS, ABSENT),
+        "seqused_k": LENGTHS,
+        "block_table": GIVEN,
+        "max_seqlen_q": LONGEST,
+        "max_seqlen_k": LONGEST,
+        "dense_below": COUNT,
+    },
+    "paged": {
+        "cu_seqlens_q": (*LENGTHS, ABSENT),
+        "cu_seqlens_k": GIVEN,
+        "seqused_k": (*LENGTHS, ABSENT),
+        "block_table": (
+            dtypes(torch.int32),
+            rank,
+            size(0, same),
+            size(1, pages_fit),
+            last_stride,
+            on_meta,
+            ABSENT,
+            NOT_A_TENSOR,
+        ),
+        "max_seqlen_q": LONGEST,
+        "max_seqlen_k": LONGEST,
+        "dense_below": COUNT,
+    },
 }
-IN_ROWS = {
-    "cu_seqlens_k": (*LENGTHS, ABSENT),
-    "seqused_k": LENGTHS,
-    "block_table": (given, NOT_A_TENSOR),
+ROWS = activation(dims=3) + TOGETHER
+QUERIES = {"dense": (*ESTIMATED, Q_HEADS), "packed": (*ROWS, Q_HEADS), "paged": (*ROWS, Q_HEADS)}
+KEYS = {
+    "dense": (*ESTIMATED, K_HEADS),
+    "packed": (*ROWS, K_HEADS),
+    "paged": (*activation(), *TOGETHER),
 }
-IN_PAGES = {
-    "cu_seqlens_k": (given, NOT_A_TENSOR),
-    "seqused_k": (*LENGTHS, ABSENT),
-    "block_table": (
-        dtypes(torch.int32),
-        rank,
-        size(0, same),
-        size(1, _pages_fit),
-        last_stride,
-        on_meta,
-        ABSENT,
-        NOT_A_TENSOR,
-    ),
+# Beside v, which has to be alike.
+KEYS_AND_VALUES = {
+    "dense": (*ATTENDED, *LIKE_K),
+    "packed": (*PACKED, size(0, same), size(1, same)),
+    "paged": PAGED,
 }
-VARLEN = (
-    MASKED | SEQUENCES | {"q": (*PACKED, Q_HEADS), "max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
-)
-ESTIMATED_ROWS = activation(dims=3) + TOGETHER
-ESTIMATED_PACKED = (
-    SEQUENCES | IN_ROWS | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*ESTIMATED_ROWS, K_HEADS)}
-)
-ESTIMATED_PAGED = (
-    SEQUENCES | IN_PAGES | {"q": (*ESTIMATED_ROWS, Q_HEADS), "k": (*activation(), *TOGETHER)}
-)
+
+
+def fitting_mask(layout: str) -> dict[str, tuple[Mutation, ...]]:
+    """Of attention alone: bits and counts must have the lengths' blocks."""
+    longest = {"max_seqlen_q": LENGTH, "max_seqlen_k": MASKED_K}
+    return MASKS | (longest if layout != "dense" else {})
+
+
+def dimensions(draw: Draw, site: Site) -> list[int]:
+    return draw(st.sampled_from([[0, 8], [0, 8, 16, 24]]))
+
+
+NO_BAND = (dimensions, other_type(None, 5, 0.5, "0", [0, 0.5], [0, "32"], [0, 2**63]))
+
+
+def bands_of(estimator: str) -> dict[str, tuple[Mutation, ...]]:
+    return dict.fromkeys(("high_band", "low_band"), BAND if estimator == "bands" else NO_BAND)
+
+
+def taking_q(
+    op: str, layout: str, mutations: dict[str, tuple[Mutation, ...]], estimator: str = ""
+) -> Op:
+    everything = BATCHES["dense" if layout == "pooled" else layout] | BLOCKS | mutations
+    wanted = {name: everything[name] for name in arguments_of(op)}
+    return Op(call_of(op, layout, estimator), wanted)
+
+
+POOLED_NONE = {"k_means": GIVEN, "k_cells": GIVEN, "k_factors": GIVEN, "k_len": ANY_INT}
+QUERIES_ALONE = (
+    *activation(), other_supported_head_dim, on_meta, ABSENT, size(0, same), Q_HEADS,
+)  # fmt: skip
 
 OPS: dict[str, Op] = {
     "block_pool": Op(
         block_pool_call,
         {"x": may_be_fp8(*activation()), "block_size": BLOCK_SIZE, "scale": NO_SCALE},
     ),
-    "pool_append_": Op(
-        pool_append_call,
+    "append_means_": Op(
+        append_means_call,
         {
             "x": may_be_fp8(
                 *activation(),
                 other_supported_head_dim,
                 size(0, same),
                 size(1, same),
-                size(2, _appended_fits("length")),
+                size(2, appended_fits("length")),
                 on_meta,
                 ABSENT,
             ),
-            "means": (*STATE, size(2, _appended_fits("blocks"))),
+            "means": (*STATE, size(2, appended_fits("blocks"))),
             "sums": (*STATE, size(2, same)),
             "start": START,
             "block_size": BLOCK_SIZE,
             "scale": NO_SCALE,
         },
-    ),
-    "select_blocks": Op(
-        select_blocks_call,
-        SELECTION
-        | {
-            "q_means": (*MEANS, Q_HEADS),
-            "k_means": (*MEANS, K_HEADS),
-            "q_len": LENGTH,
-            "k_len": LENGTH,
-        },
-    ),
-    "estimate_blocks": Op(
-        call_of("q", "k", selects=True),
-        SELECTION
-        | {
-            "q": (*ESTIMATED, Q_HEADS),
-            "k": may_be_fp8(*ESTIMATED, K_HEADS),
-            "k_scale": NO_SCALE,
-        },
-    ),
-    "estimate_grid": Op(
-        call_of("q", "k", selects=True, bands=False, attends=True),
-        RULES | {"q": (*ESTIMATED, Q_HEADS), "k": (*ESTIMATED, K_HEADS), "scale": SCALE},
     ),
     "pool_cells_": Op(
         pool_cells_call,
@@ -526,7 +242,7 @@ OPS: dict[str, Op] = {
                 other_supported_head_dim,
                 size(0, same),
                 size(1, same),
-                size(2, _celled_fits("length")),
+                size(2, celled_fits("length")),
                 on_meta,
                 ABSENT,
             ),
@@ -535,80 +251,67 @@ OPS: dict[str, Op] = {
             "start": START_OF_CELL,
         },
     ),
-    "select_grid": Op(
-        select_grid_call,
+    "select_bands pooled": taking_q(
+        "select_bands",
+        "pooled",
+        RULES
+        | bands_of("bands")
+        | {
+            "q": QUERIES_ALONE,
+            "k": (given,),
+            "k_means": (*MEANS, K_HEADS),
+            "k_len": MEANT_LENGTH,
+            "k_scale": (given, NOT_A_TENSOR),
+        },
+    ),
+    "select_grid pooled": taking_q(
+        "select_grid",
+        "pooled",
         RULES
         | {
-            "q": (*activation(), other_supported_head_dim, on_meta, ABSENT, size(0, same), Q_HEADS),
+            "q": QUERIES_ALONE,
+            "k": (given,),
             "k_cells": (*CELLS, K_HEADS, size(2, same)),
             "k_factors": (*FACTORS, size(1, same)),
             "k_len": CELLED_LENGTH,
             "scale": SCALE,
         },
     ),
-    "sparse_attention": Op(
-        call_of("q", "k", "v", "bits", "counts", "sinks", attends=True),
-        MASKED
-        | {
-            "q": (*ATTENDED, Q_HEADS),
-            "k": (*ATTENDED, *LIKE_K),
-            "v": (*ATTENDED, *LIKE_K),
-        },
-    ),
-    "sparse_attention_varlen packed": Op(
-        varlen_call(paged=False),
-        VARLEN
-        | IN_ROWS
-        | {
-            "k": (*PACKED, size(0, same), size(1, same)),
-            "v": (*PACKED, size(0, same), size(1, same)),
-        },
-    ),
-    "sparse_attention_varlen paged": Op(
-        varlen_call(paged=True), VARLEN | IN_PAGES | {"k": PAGED, "v": PAGED}
-    ),
-    "estimate_blocks_varlen packed": Op(
-        estimate_varlen_call(paged=False),
-        SELECTION
-        | ESTIMATED_PACKED
-        | {"k": may_be_fp8(*ESTIMATED_ROWS, K_HEADS), "k_scale": NO_SCALE},
-    ),
-    "estimate_blocks_varlen paged": Op(
-        estimate_varlen_call(paged=True),
-        SELECTION
-        | ESTIMATED_PAGED
-        | {"k": may_be_fp8(*activation(), *TOGETHER), "k_scale": NO_SCALE},
-    ),
-    "estimate_grid_varlen packed": Op(
-        grid_varlen_call(paged=False),
-        RULES | ESTIMATED_PACKED | {"scale": SCALE},
-    ),
-    "estimate_grid_varlen paged": Op(
-        grid_varlen_call(paged=True),
-        RULES | ESTIMATED_PAGED | {"scale": SCALE},
-    ),
-    "prefill": Op(
-        call_of("q", "k", "v", selects=True, attends=True),
-        SELECTION
-        | {
-            "q": (*ESTIMATED, Q_HEADS),
-            "k": (*ESTIMATED, *LIKE_K),
-            "v": (*ESTIMATED, *LIKE_K),
-            "scale": SCALE,
-            "k_scale": NO_SCALE,
-            "v_scale": NO_SCALE,
-        },
-    ),
 }
+for _layout in ("dense", "packed", "paged"):
+    _tensors = {"q": QUERIES[_layout], "k": KEYS[_layout]}
+    _attended = {"q": QUERIES[_layout]} | dict.fromkeys("kv", KEYS_AND_VALUES[_layout])
+    _may_be_fp8 = {"k": may_be_fp8(*KEYS[_layout]), "k_scale": NO_SCALE}
+    OPS |= {
+        f"select_bands {_layout}": taking_q(
+            "select_bands",
+            _layout,
+            RULES | bands_of("bands") | POOLED_NONE | _tensors | _may_be_fp8,
+        ),
+        f"select_grid {_layout}": taking_q(
+            "select_grid", _layout, RULES | POOLED_NONE | _tensors | {"scale": SCALE}
+        ),
+        f"sparse_attention {_layout}": taking_q(
+            "sparse_attention", _layout, SCORES | _attended | fitting_mask(_layout)
+        ),
+    }
+    for _estimator in ("grid", "bands", "all"):
+        OPS[f"prefill {_estimator} {_layout}"] = taking_q(
+            "prefill",
+            _layout,
+            RULES | bands_of(_estimator) | SCORES | _attended
+            | {"estimator": (other_type("", "Grid", "dense", None, 3, ["grid"]),)},
+            _estimator,
+        )  # fmt: skip
 OPS |= {
     "block_pool fp8": OPS["block_pool"].in_fp8("x"),
-    "pool_append_ fp8": OPS["pool_append_"].in_fp8("x"),
-    "estimate_blocks fp8": OPS["estimate_blocks"].in_fp8("k"),
-    "estimate_blocks_varlen fp8 paged": OPS["estimate_blocks_varlen paged"].in_fp8("k"),
-    "sparse_attention fp8": OPS["sparse_attention"].in_fp8("k", "v"),
-    "sparse_attention_varlen fp8 packed": OPS["sparse_attention_varlen packed"].in_fp8("k", "v"),
-    "sparse_attention_varlen fp8 paged": OPS["sparse_attention_varlen paged"].in_fp8("k", "v"),
-    "prefill fp8": OPS["prefill"].in_fp8("k", "v"),
+    "append_means_ fp8": OPS["append_means_"].in_fp8("x"),
+    "select_bands fp8": OPS["select_bands dense"].in_fp8("k"),
+    "select_bands fp8 paged": OPS["select_bands paged"].in_fp8("k"),
+    "sparse_attention fp8": OPS["sparse_attention dense"].in_fp8("k", "v"),
+    "sparse_attention fp8 packed": OPS["sparse_attention packed"].in_fp8("k", "v"),
+    "sparse_attention fp8 paged": OPS["sparse_attention paged"].in_fp8("k", "v"),
+    "prefill fp8": OPS["prefill bands dense"].in_fp8("k", "v"),
 }
 
 

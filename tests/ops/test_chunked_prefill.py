@@ -59,7 +59,7 @@ def means_of(k: torch.Tensor, block_size: int) -> torch.Tensor:
     shape = (*k.shape[:2], oracle.ceil_div(k.shape[2], block_size), k.shape[3])
     means = torch.empty(shape, dtype=torch.float32, device=k.device)
     sums = torch.empty((*k.shape[:2], 16, k.shape[3]), dtype=torch.float32, device=k.device)
-    torch.ops.prism.pool_append_(k, means, sums, 0, block_size)
+    torch.ops.prism.append_means_(k, means, sums, 0, block_size)
     return means
 
 
@@ -91,10 +91,9 @@ def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
         if q.shape[2] < q_block:
             assert mask is None
             continue
-        bits, counts = torch.ops.prism.select_blocks(
-            torch.ops.prism.block_pool(q, q_block), means, q.shape[2], k.shape[2],
-            *config.resolve_bands(DIM).ranges, config.top_p,
-            q_block_size=q_block, k_block_size=k_block,
+        bits, counts = torch.ops.prism.select_bands(
+            q, None, *config.resolve_bands(DIM).ranges, [config.top_p], q_block_size=q_block,
+            k_block_size=k_block, k_means=means, k_len=k.shape[2],
         )  # fmt: skip
         assert torch.equal(mask.bits, bits)
         assert torch.equal(mask.counts, counts)

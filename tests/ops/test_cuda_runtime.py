@@ -34,15 +34,19 @@ def qkv(length: int = 1500, seed: int = 0, device: str = "cuda") -> Tensors:
 
 
 def op_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-    return torch.ops.prism.prefill(q, k, v, *BANDS, 0.7)
+    return torch.ops.prism.prefill(q, k, v, "bands", *BANDS, [0.7])
 
 
 def op_chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-    bits, counts = torch.ops.prism.select_blocks(
-        torch.ops.prism.block_pool(q, 128), torch.ops.prism.block_pool(k, 128),
-        q.shape[2], k.shape[2], *BANDS, 0.7,
-    )  # fmt: skip
+    means = torch.ops.prism.block_pool(k, 64)
+    bits, counts = torch.ops.prism.select_bands(
+        q, None, *BANDS, [0.7], k_means=means, k_len=k.shape[2]
+    )
     return (*torch.ops.prism.sparse_attention(q, k, v, bits, counts), bits, counts)
+
+
+def op_every_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return torch.ops.prism.prefill(q, k, v, "all", [], [], [1.0], window_left=700)
 
 
 def public(config: PrismConfig) -> Callable[..., Any]:
@@ -58,6 +62,7 @@ def public(config: PrismConfig) -> Callable[..., Any]:
 CALLS = {
     "prefill": op_prefill,
     "chain": op_chain,
+    "every_block": op_every_block,
     "public": public(CONFIG),
     "per_head": public(PER_HEAD),
     "grid_per_head": public(GRID_PER_HEAD),

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fp8, inputs, oracle
+from helpers import call, fp8, inputs, oracle
 from helpers.build import AttentionInputs, attention_inputs, pool_input
 from helpers.cases import B64, B128, B128_64, AttentionCase, PoolCase
 from helpers.compare import check_attention, check_elements
 from helpers.params import case_params, device_dtype_params, needs_cuda
 from helpers.poison import poisoned_allocations
-from helpers.ragged import RaggedCase, RaggedInputs, expected, ragged_inputs
+from helpers.ragged import RaggedCase, RaggedInputs, expected, ragged_inputs, selected_alone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -113,7 +113,7 @@ def run(case: AttentionInputs, scales: Scales) -> tuple[torch.Tensor, torch.Tens
 
 def run_ragged(case: RaggedInputs) -> tuple[torch.Tensor, torch.Tensor]:
     with poisoned_allocations():
-        return torch.ops.prism.sparse_attention_varlen(**case.op_arguments())
+        return torch.ops.prism.sparse_attention(**case.op_arguments())
 
 
 def make(case: AttentionCase, dtype: torch.dtype, device: str, seed: int = 0) -> AttentionInputs:
@@ -200,9 +200,10 @@ def test_every_code_is_exact(
     q = q.to(dtype).to(device)
     ends = torch.arange(count + 1, dtype=torch.int32, device=device)
     ones = torch.ones(count, 2, 1, 1, dtype=torch.int32, device=device)
-    out, lse = torch.ops.prism.sparse_attention_varlen(
-        q, codes[:, None], codes[:, None], ones, ones[..., 0], ends, ends, None, None, 1, 1,
-        scale=1.0, q_block_size=blocks[0], k_block_size=blocks[1],
+    out, lse = torch.ops.prism.sparse_attention(
+        q, codes[:, None], codes[:, None], ones, ones[..., 0], cu_seqlens_q=ends,
+        cu_seqlens_k=ends, max_seqlen_q=1, max_seqlen_k=1, scale=1.0,
+        q_block_size=blocks[0], k_block_size=blocks[1],
     )  # fmt: skip
     assert torch.equal(out.float(), codes.float()[:, None].expand(-1, 2, -1))
     scores = (q.double() * codes.double()[:, None]).sum(-1).T
@@ -302,7 +303,7 @@ def test_long_input_matches_float64(
     check(make(case, dtype, cuda), fp8.scales(2, cuda))
 
 
-# Estimation: codes are exact in bfloat16, so everything has to be equal bit by bit to the same of
+# Selection: codes are exact in bfloat16, so everything has to be equal bit by bit to the same of
 # 16-bit keys, but for the scale of the means.
 
 
@@ -321,13 +322,13 @@ def test_block_pool(device: str, head_dim: int, block_size: int, layout: str) ->
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_pool_append(device: str, head_dim: int) -> None:
+def test_append_means(device: str, head_dim: int) -> None:
     x = pool_input(PoolCase("fp8", 300, heads=3, head_dim=head_dim), fp8.FP8, device)
     scale = torch.tensor([0.3, 2.0, 1e-3], device=device)
     means = torch.full((x.shape[0], 3, 5, head_dim), math.nan, device=device)
     sums = torch.full((x.shape[0], 3, 1024 // head_dim, head_dim), math.nan, device=device)
     for start, end in ((0, 70), (70, 71), (71, 256), (256, 300)):
-        torch.ops.prism.pool_append_(x[:, :, start:end], means, sums, start, 64, scale)
+        torch.ops.prism.append_means_(x[:, :, start:end], means, sums, start, 64, scale)
         so_far = torch.ops.prism.block_pool(x[:, :, :end], 64, scale)
         assert torch.equal(means[:, :, : so_far.shape[2]], so_far)
 
@@ -344,59 +345,44 @@ def structured(head_dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor, 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("blocks", [B64, B128, B128_64])
-def test_estimate_blocks(device: str, head_dim: int, blocks: tuple[int, int]) -> None:
+def test_select_bands(device: str, head_dim: int, blocks: tuple[int, int]) -> None:
     q, k, k_scale = structured(head_dim, device)
     common = bands_and_rules(head_dim) | dict(
         zip(("q_block_size", "k_block_size"), blocks, strict=True)
     )
     with poisoned_allocations():
-        bits, counts = torch.ops.prism.estimate_blocks(q, k, **common, k_scale=k_scale)
-    want_bits, want_counts = torch.ops.prism.select_blocks(
-        torch.ops.prism.block_pool(q, blocks[0]),
-        torch.ops.prism.block_pool(k, blocks[1], k_scale),
-        700,
-        1100,
-        **common,
-    )
+        bits, counts = call.select_bands(q, k, **common, k_scale=k_scale)
+    means = torch.ops.prism.block_pool(k, blocks[1], k_scale)
+    want_bits, want_counts = call.select_bands(q, None, **common, k_means=means, k_len=1100)
     assert torch.equal(counts, want_counts)
     assert torch.equal(bits, want_bits)
-    unscaled = torch.ops.prism.estimate_blocks(q, k, **common)
+    unscaled = call.select_bands(q, k, **common)
     assert not torch.equal(unscaled[0], bits)
-    of_bf16 = torch.ops.prism.estimate_blocks(q, k.bfloat16(), **common)
+    of_bf16 = call.select_bands(q, k.bfloat16(), **common)
     assert torch.equal(unscaled[0], of_bf16[0])
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("page_size", [None, 1, 16, 64])
-def test_estimate_of_a_ragged_batch(device: str, head_dim: int, page_size: int | None) -> None:
+def test_select_bands_of_a_ragged_batch(device: str, head_dim: int, page_size: int | None) -> None:
     lengths = ((129, 200), (5, 0), (33, 300), (129, 4200), (333, 1000))
     case = RaggedCase("fp8", lengths, head_dim=head_dim, page_size=page_size, blocks=B64)
     made = ragged_inputs(case, torch.bfloat16, device, kv_dtype=fp8.FP8)
     rules = bands_and_rules(head_dim)
-    sizes = {"q_block_size": 64, "k_block_size": 64}
-    where = {name: x for name, x in made.tensors.items() if name != "sinks"}
-    k_scale = made.scales["k_scale"]
+    rules |= {"q_block_size": 64, "k_block_size": 64, "k_scale": made.scales["k_scale"]}
     with poisoned_allocations():
-        bits, counts = torch.ops.prism.estimate_blocks_varlen(
-            made.q, made.k, **where, **rules, **sizes, k_scale=k_scale
-        )
-    for b, rows in enumerate(made.rows()):
-        own, own_counts = torch.ops.prism.estimate_blocks(
-            made.q[rows].transpose(0, 1)[None], made.keys[b][None], **rules, **sizes,
-            k_scale=k_scale,
-        )  # fmt: skip
-        blocks, words = own.shape[2:]
-        assert torch.equal(counts[b, :, :blocks], own_counts[0])
-        assert torch.equal(bits[b, :, :blocks, :words], own[0])
+        got = call.select_bands(made.q, made.k, **made.where(), **rules)
+    for a, b in zip(got, selected_alone(call.select_bands, made, rules), strict=True):
+        assert torch.equal(a.cpu(), b)
 
 
-def test_prefill_is_estimation_and_attention(device: str) -> None:
+def test_prefill_is_selection_and_attention(device: str) -> None:
     q, k, k_scale = structured(128, device)
     v = inputs.tensor((1, 2, 1100, 128), fp8.FP8, device, seed=5)
     scales = {"k_scale": k_scale, "v_scale": torch.tensor([0.5, 3.0], device=device)}
     rules = bands_and_rules(128)
-    got = torch.ops.prism.prefill(q, k, v, **rules, **scales)
-    mask = torch.ops.prism.estimate_blocks(q, k, **rules, k_scale=k_scale)
+    got = call.prefill(q, k, v, "bands", **rules, **scales)
+    mask = call.select_bands(q, k, **rules, k_scale=k_scale)
     want = torch.ops.prism.sparse_attention(q, k, v, *mask, **scales)
     for a, b in zip(got, (*want, *mask), strict=True):
         assert torch.equal(a, b)
@@ -424,13 +410,13 @@ def test_prefill_varlen_is_estimation_and_attention(device: str, page_size: int 
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_prefill_varlen_on_the_grid_refuses_fp8_keys(device: str, page_size: int | None) -> None:
+def test_the_grid_refuses_fp8_keys(device: str, page_size: int | None) -> None:
     case = RaggedCase("fp8", ((200, 700),), head_dim=128, page_size=page_size)
     made = ragged_inputs(case, torch.bfloat16, device, kv_dtype=fp8.FP8)
-    where = {name: x for name, x in made.tensors.items() if name != "sinks"}
-    config = prism_cuda.PrismConfig(estimator="grid", dense_below=0)
-    with pytest.raises(RuntimeError, match=r"estimate_grid_varlen: k has dtype Float8_e4m3fn"):
-        prism_cuda.prefill_varlen(made.q, made.k, made.v, **where, config=config)
+    with pytest.raises(RuntimeError, match="prism::prefill: k has dtype Float8_e4m3fn.*'grid'"):
+        call.prefill(made.q, made.k, made.v, "grid", 0.9, **made.where())
+    with pytest.raises(RuntimeError, match="prism::select_grid: k has dtype Float8_e4m3fn"):
+        call.select_grid(made.q, made.k, 0.9, **made.where())
 
 
 def test_ops_are_registered_for_fp8(device: str) -> None:

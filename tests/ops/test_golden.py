@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers import oracle
+from helpers import call, oracle
 from helpers.compare import check_selection
 from torch import Tensor
 
@@ -56,10 +56,9 @@ def test_mask_differs_from_the_official_one_in_near_ties_only(name: str, device:
     options = INPUTS.CASES[name][1]
     bands = oracle.half_split_bands(q.shape[-1], options["high"], options["low"])
     lengths = (q.shape[2], k.shape[2])
-    bits, counts = torch.ops.prism.select_blocks(
-        torch.ops.prism.block_pool(q, BLOCK), torch.ops.prism.block_pool(k, BLOCK),
-        *lengths, *bands, options["p"],
-    )  # fmt: skip
+    bits, counts = call.select_bands(
+        q, k, *bands, options["p"], q_block_size=BLOCK, k_block_size=BLOCK
+    )
     keep = oracle.unpack_bits(bits, official.shape[-1])
     assert torch.equal(keep.sum(-1).int(), counts)
 

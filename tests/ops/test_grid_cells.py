@@ -1,4 +1,4 @@
-"""prism::pool_cells_ and prism::select_grid: estimate_grid with keys pooled as they come."""
+"""prism::pool_cells_, and prism::select_grid from keys pooled as they come."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import inputs, oracle
+from helpers import call, inputs, oracle
 from helpers.build import structured_batch
 from helpers.cases import SelectCase
 from helpers.compare import check_selection
@@ -45,6 +45,12 @@ def pool(k: torch.Tensor, cuts: tuple[int, ...] | None = None, tokens: int | Non
         start = end - end % oracle.CELL
     assert end == k.shape[2]
     return cells
+
+
+def from_cells(q: torch.Tensor, cells: Cells, k_len: int, top_p: float, **rules: Any) -> Cells:
+    return call.select_grid(
+        q, None, top_p, k_cells=cells[0], k_factors=cells[1], k_len=k_len, **rules
+    )
 
 
 def statistics(k: torch.Tensor) -> torch.Tensor:
@@ -140,17 +146,17 @@ def rules_of(case: SelectCase, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("spare", [0, 77])
-def test_selects_what_estimate_grid_selects(case: SelectCase, spare: int, device: str) -> None:
+def test_selects_what_it_selects_from_k(case: SelectCase, spare: int, device: str) -> None:
     q, k = (x.bfloat16() for x in structured_batch(case, device, 0))
     cells = pool(k, tokens=case.k_len + spare)
     rules = rules_of(case)
     with poisoned_allocations():
-        bits, counts = torch.ops.prism.select_grid(q, *cells, case.k_len, 0.8, **rules)
+        bits, counts = from_cells(q, cells, case.k_len, 0.8, **rules)
     if device == "cuda":
-        want = torch.ops.prism.estimate_grid(q, k, 0.8, **rules)
+        want = call.select_grid(q, k, 0.8, **rules)
         assert torch.equal(bits, want[0])
         assert torch.equal(counts, want[1])
-    else:  # there estimate_grid does not round its keys to float16
+    else:  # where cells of k are not rounded to float16
         k_blocks = oracle.ceil_div(case.k_len, case.blocks[1])
         keep = oracle.unpack_bits(bits, k_blocks)
         check_selection(keep, oracle.select_grid(q, k, 0.8, rounding=ROUNDING, **rules))
@@ -161,12 +167,10 @@ def test_cells_of_some_heads_need_no_copy(device: str) -> None:
     case = SelectCase("heads", 128, 300, q_heads=4, kv_heads=4)
     q, k = (x.bfloat16() for x in structured_batch(case, device, 0))
     cells, factors = pool(k)
-    want = torch.ops.prism.select_grid(q, cells, factors, 300, 0.7, **rules_of(case))
+    want = from_cells(q, (cells, factors), 300, 0.7, **rules_of(case))
     for head in range(4):
         some = slice(head, head + 1)
-        got = torch.ops.prism.select_grid(
-            q[:, some], cells[:, some], factors[:, some], 300, 0.7, **rules_of(case)
-        )
+        got = from_cells(q[:, some], (cells[:, some], factors[:, some]), 300, 0.7, **rules_of(case))
         assert torch.equal(got[0], want[0][:, some])
         assert torch.equal(got[1], want[1][:, some])
 
@@ -174,6 +178,6 @@ def test_cells_of_some_heads_need_no_copy(device: str) -> None:
 def test_no_keys_select_nothing(device: str) -> None:
     q = inputs.tensor((1, 2, 100, 64), torch.bfloat16, device, seed=1)
     cells = empty_cells(q, 64)
-    bits, counts = torch.ops.prism.select_grid(q, *cells, 0, 0.9)
+    bits, counts = from_cells(q, cells, 0, 0.9)
     assert bits.shape == (1, 2, 1, 0)
     assert counts.tolist() == [[[0], [0]]]

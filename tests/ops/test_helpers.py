@@ -104,7 +104,7 @@ def test_a_wrong_lse_is_found() -> None:
 
 def _selection() -> oracle.Selection:
     case = select_inputs(SelectCase("x", 2560, 2560, keep_recent=2), "cpu")
-    return oracle.select(*case.op_arguments(), **case.settings)  # type: ignore[arg-type]
+    return case.expected()
 
 
 def _planted(selection: oracle.Selection, where: torch.Tensor) -> torch.Tensor:

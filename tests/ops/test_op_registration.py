@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -9,28 +10,32 @@ from typing import Any
 import pytest
 import torch
 from helpers import inputs, oracle
-from helpers.build import attention_inputs, select_inputs
-from helpers.cases import AttentionCase, SelectCase
+from helpers.build import attention_inputs
+from helpers.cases import AttentionCase
 from helpers.ragged import RaggedCase, ragged_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import prism_cuda  # noqa: F401  registers the ops
+from prism_cuda import ops
 
 HIGH, LOW = oracle.half_split_bands(64, 32, 48)
-OPS = (
+# Calls by the op's name and what is special of them; those of MUTATING write to their arguments.
+CALLS = (
     "block_pool",
-    "select_blocks",
-    "estimate_blocks",
-    "estimate_blocks_varlen",
-    "estimate_grid",
-    "estimate_grid_varlen",
+    "select_bands",
+    "select_bands pooled",
+    "select_bands paged",
     "select_grid",
+    "select_grid pooled",
+    "select_grid paged",
     "sparse_attention",
-    "sparse_attention_varlen",
-    "prefill",
+    "sparse_attention paged",
+    "prefill bands",
+    "prefill grid",
+    "prefill all",
+    "prefill paged",
 )
-MUTATING = {"pool_append_": ["means", "sums"], "pool_cells_": ["cells", "factors"]}
-DIFFERENTIABLE = ("block_pool", "sparse_attention", "sparse_attention_varlen", "prefill")
+MUTATING = {"append_means_": ["means", "sums"], "pool_cells_": ["cells", "factors"]}
+DIFFERENTIABLE = ("block_pool", "sparse_attention", "sparse_attention paged", "prefill grid")
 
 
 def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[torch.Tensor]:
@@ -41,49 +46,50 @@ def qkv(device: str, length: int = 200, layout: str = "length_first") -> list[to
 
 
 def sample(name: str, device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of a small call of the op."""
-    if name == "block_pool":
-        return (qkv(device)[0], 64), {}
-    if name == "pool_append_":
+    """Arguments of a small call, those without a default by position."""
+    op_name, _, kind = name.partition(" ")
+    q, k, v = qkv(device)
+    if op_name == "block_pool":
+        return (q, 64), {}
+    if op_name == "append_means_":
         means, sums = (torch.zeros(1, 4, rows, 64, device=device) for rows in (6, 16))
-        return (qkv(device)[0], means, sums, 100, 64), {}
-    if name == "select_blocks":
-        case = select_inputs(SelectCase("sample", 200, 300, q_heads=4), device)
-        return case.op_arguments(), case.settings
-    if name == "sparse_attention":
+        return (q, means, sums, 100, 64), {}
+    cells = torch.ones(1, 2, 16, 128, dtype=torch.half, device=device)
+    factors = torch.ones(1, 2, 16, device=device)
+    if op_name == "pool_cells_":
+        return (k, cells, factors, 48), {}
+    arguments: dict[str, Any] = {"q": q, "k": k, "v": v, "top_p": [0.9]}
+    arguments |= {"q_block_size": 64, "k_block_size": 64}
+    arguments |= {"estimator": "grid" if kind == "paged" else kind}
+    by_bands = op_name == "select_bands" or kind == "bands"
+    bands = (HIGH, LOW) if by_bands else ([], [])
+    arguments |= dict(zip(("high_band", "low_band"), bands, strict=True))
+    if op_name == "sparse_attention":
         attention = attention_inputs(
             AttentionCase("sample", 200, 300, q_heads=4, layout="packed_qkv"),
             torch.bfloat16,
             device,
         )
-        return attention.op_arguments(), attention.settings
-    if name in ("pool_cells_", "select_grid"):
-        cells = torch.ones(1, 2, 16, 128, dtype=torch.half, device=device)
-        factors = torch.ones(1, 2, 16, device=device)
-        if name == "pool_cells_":
-            return (qkv(device)[1], cells, factors, 48), {}
-        return (qkv(device)[0], cells, factors, 200, 0.9), {}
-    if name == "estimate_grid":
-        return (*qkv(device)[:2], 0.9), {"q_block_size": 64, "k_block_size": 64}
-    if name in ("sparse_attention_varlen", "estimate_blocks_varlen", "estimate_grid_varlen"):
-        ragged = ragged_inputs(
+        tensors = zip(("q", "k", "v", "bits", "counts"), attention.op_arguments(), strict=True)
+        arguments |= dict(tensors) | attention.settings
+    if kind == "pooled":
+        means = torch.ones(1, 2, 5, 64, device=device)
+        pooled = {"k_means": means} if by_bands else {"k_cells": cells, "k_factors": factors}
+        arguments |= {"k": None, "k_len": 200} | pooled
+    if kind == "paged":
+        arguments |= ragged_inputs(
             RaggedCase("sample", lengths=((70, 200), (0, 3), (130, 130)), page_size=16, sinks=True),
             torch.bfloat16,
             device,
         ).op_arguments()
-        if name == "estimate_blocks_varlen":
-            ragged |= {"high_band": HIGH, "low_band": LOW, "top_p": 0.9}
-        if name == "estimate_grid_varlen":
-            ragged["top_p"] = 0.9
-        schema = [a.name for a in op(name)._schema.arguments if a.name in ragged]
-        first = 9 if name == "estimate_grid_varlen" else 11  # those without a default
-        return tuple(ragged[a] for a in schema[:first]), {a: ragged[a] for a in schema[first:]}
-    tensors = qkv(device)[:2] if name == "estimate_blocks" else qkv(device)
-    return (*tensors, HIGH, LOW, 0.9), {"q_block_size": 64, "k_block_size": 64}
+    schema = [argument for argument in op(name)._schema.arguments if argument.name in arguments]
+    positional = [a.name for a in schema if not a.has_default_value()]
+    keywords = [a.name for a in schema if a.has_default_value()]
+    return tuple(arguments[a] for a in positional), {a: arguments[a] for a in keywords}
 
 
 def op(name: str) -> Any:
-    return getattr(torch.ops.prism, name).default
+    return getattr(torch.ops.prism, name.split()[0]).default
 
 
 def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
@@ -95,7 +101,7 @@ def assert_same(got: Any, want: Any) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", (*OPS, *MUTATING))
+@pytest.mark.parametrize("name", (*CALLS, *MUTATING))
 def test_opcheck(name: str, device: str) -> None:
     arguments, options = sample(name, device)
     torch.library.opcheck(op(name), arguments, options)
@@ -112,7 +118,7 @@ def test_opcheck_of_inputs_that_require_grad(name: str, device: str) -> None:
     torch.library.opcheck(op(name), arguments, options, test_utils=checks)
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> None:
     arguments, options = sample(name, device)
 
@@ -132,56 +138,69 @@ def test_meta_tensors_give_shape_dtype_and_strides(name: str, device: str) -> No
         assert fake.stride() == real.stride()
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 def test_meta_tensors_of_zero_length(name: str) -> None:
     q, k = torch.empty(2, 4, 0, 64, device="meta"), torch.empty(2, 2, 0, 64, device="meta")
     bits = torch.empty(2, 4, 0, 0, device="meta", dtype=torch.int32)
     ends = bits.new_empty(3)
-    if name == "sparse_attention_varlen":
-        packed = torch.ops.prism.sparse_attention_varlen(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), k[0].transpose(0, 1), bits, bits[..., 0:0],
-            ends, ends, None, None, 0, 0,
-        )  # fmt: skip
-        assert [x.shape for x in packed] == [(0, 4, 64), (4, 0)]
+    packed = [x[0].transpose(0, 1) for x in (q, k, k)]
+    where = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": 0, "max_seqlen_k": 0}
+    prism = torch.ops.prism
+    if name == "sparse_attention paged":
+        made = prism.sparse_attention(*packed, bits, bits[..., 0:0], **where)
+        assert [x.shape for x in made] == [(0, 4, 64), (4, 0)]
         return
+    cells = {"k_cells": k.new_empty(2, 2, 0, 128), "k_factors": k.new_empty(2, 2, 0), "k_len": 0}
     calls: dict[str, Callable[[], Any]] = {
-        "block_pool": lambda: torch.ops.prism.block_pool(q, 64),
-        "select_blocks": lambda: torch.ops.prism.select_blocks(q, k, 0, 0, HIGH, LOW, 0.9),
-        "estimate_blocks": lambda: torch.ops.prism.estimate_blocks(q, k, HIGH, LOW, 0.9),
-        "estimate_blocks_varlen": lambda: torch.ops.prism.estimate_blocks_varlen(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, HIGH, LOW, 0.9
+        "block_pool": lambda: prism.block_pool(q, 64),
+        "select_bands": lambda: prism.select_bands(q, k, HIGH, LOW, [0.9]),
+        "select_bands pooled": lambda: prism.select_bands(
+            q, None, HIGH, LOW, [0.9], k_means=k, k_len=0
         ),
-        "estimate_grid": lambda: torch.ops.prism.estimate_grid(q, k, 0.9),
-        "estimate_grid_varlen": lambda: torch.ops.prism.estimate_grid_varlen(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), ends, ends, None, None, 0, 0, 0.9
-        ),
-        "select_grid": lambda: torch.ops.prism.select_grid(
-            q, k.new_empty(2, 2, 0, 128, dtype=torch.half), k.new_empty(2, 2, 0), 0, 0.9
-        ),
-        "sparse_attention": lambda: torch.ops.prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
-        "prefill": lambda: torch.ops.prism.prefill(q, k, k, HIGH, LOW, 0.9),
+        "select_bands paged": lambda: prism.select_bands(*packed[:2], HIGH, LOW, [0.9], **where),
+        "select_grid": lambda: prism.select_grid(q, k, [0.9]),
+        "select_grid pooled": lambda: prism.select_grid(q, None, [0.9], **cells),
+        "select_grid paged": lambda: prism.select_grid(*packed[:2], [0.9], **where),
+        "sparse_attention": lambda: prism.sparse_attention(q, k, k, bits, bits[..., 0:0]),
+        "prefill bands": lambda: prism.prefill(q, k, k, "bands", HIGH, LOW, [0.9]),
+        "prefill grid": lambda: prism.prefill(q, k, k, "grid", [], [], [0.9]),
+        "prefill all": lambda: prism.prefill(q, k, k, "all", [], [], [0.9]),
+        "prefill paged": lambda: prism.prefill(*packed, "grid", [], [], [0.9], **where)[2:],
     }
     for result in as_tuple(calls[name]()):
         assert result.shape[:3] == (2, 4, 0)
 
 
 def _prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.ops.prism.prefill(q, k, v, HIGH, LOW, 0.9, q_block_size=64, k_block_size=64)
+    return torch.ops.prism.prefill(
+        q, k, v, "grid", [], [], [0.9], q_block_size=64, k_block_size=64, window_left=k.shape[2]
+    )
 
 
 def _chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
     q = q * 1.5
-    bits, counts = torch.ops.prism.select_blocks(
-        torch.ops.prism.block_pool(q, 64), torch.ops.prism.block_pool(k, 64),
-        q.shape[2], k.shape[2], HIGH, LOW, 0.9, q_block_size=64, k_block_size=64,
+    sizes = {"q_block_size": 64, "k_block_size": 64}
+    bits, counts = torch.ops.prism.select_bands(
+        q, None, HIGH, LOW, [0.9], k_means=torch.ops.prism.block_pool(k, 64), k_len=k.shape[2],
+        **sizes,
     )  # fmt: skip
-    out, lse = torch.ops.prism.sparse_attention(
-        q, k, v, bits, counts, q_block_size=64, k_block_size=64
-    )
+    out, lse = torch.ops.prism.sparse_attention(q, k, v, bits, counts, **sizes)
     return out, lse, bits, counts
 
 
-@pytest.mark.parametrize("function", [_prefill, _chain], ids=["prefill", "chain"])
+def _packed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Two sequences of about half the tokens each."""
+    length = q.shape[2]
+    half = (length + 1) // 2
+    ends = (torch.arange(3, dtype=torch.int32, device=q.device) * half).clamp_max(length)
+    return torch.ops.prism.prefill(
+        *(x[0].transpose(0, 1) for x in (q, k, v)), "grid", [], [], [0.9], q_block_size=64,
+        k_block_size=64, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=length,
+        max_seqlen_k=length, dense_below=half // 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [_prefill, _chain, _packed])
 def test_compiled_once_for_all_lengths_equals_eager(
     function: Callable[..., Any], device: str
 ) -> None:
@@ -214,7 +233,7 @@ def test_exported_program_equals_eager_at_another_length(device: str) -> None:
     tensors = qkv(device, 333)
     assert_same(program.module()(*tensors), _chain(*tensors))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    chained = ("block_pool", "select_blocks", "sparse_attention")
+    chained = ("block_pool", "select_bands", "sparse_attention")
     assert {f"prism.{name}.default" for name in chained} <= called
 
 
@@ -224,15 +243,71 @@ def test_backward_says_that_there_is_none(name: str, device: str) -> None:
     first = arguments[0].detach().clone().requires_grad_()
     out = as_tuple(op(name)(first, *arguments[1:], **options))[0]
     assert out.requires_grad
-    with pytest.raises((RuntimeError, NotImplementedError), match=f"(?i){name}.*(backward|infer)"):
+    with pytest.raises(RuntimeError, match=f"{name.split()[0]} is for inference only"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["op", "call"])
+@pytest.mark.parametrize("name", ["block_pool", "select_grid", "select_bands", "prefill grid"])
+def test_every_other_derivative_is_refused_at_once(name: str, around: bool, device: str) -> None:
+    arguments, options = sample(name, device)
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        values = (x, *arguments[1:])
+        made = ops.call(op(name), *values, **options) if around else op(name)(*values, **options)
+        return as_tuple(made)[0].float().sum()
+
+    x = arguments[0].detach()
+    refusal = f"prism::{name.split()[0]} is for inference only"
+    derivatives: tuple[Callable[[], Any], ...] = (
+        lambda: torch.func.jvp(first, (x,), (x,)),
+        lambda: torch.func.grad(first)(x),
+        lambda: torch.func.vjp(first, x),
+    )
+    for derive in derivatives:
+        with pytest.raises(RuntimeError, match=refusal):
+            derive()
+    with torch.autograd.forward_ad.dual_level():
+        first(x)  # has no tangent
+        with pytest.raises(RuntimeError, match=refusal):
+            first(torch.autograd.forward_ad.make_dual(x, x))
+    # What does not depend on the variable is a constant.
+    slope = torch.func.grad(lambda y: y * first(x))(torch.ones((), device=device))
+    assert torch.equal(slope, first(x))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
+def test_failures_of_the_reference_come_out_as_they_are(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("within the reference")
+
+    for name in ("prefill grid", "select_bands", "block_pool"):
+        arguments, options = sample(name, "cpu")
+        for run in (op(name), functools.partial(ops.call, op(name))):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "pad", fail)
+                with pytest.raises(error, match="within the reference") as caught:
+                    run(*arguments, **options)
+            assert any("reference" in str(entry.path) for entry in caught.traceback)
+
+
+@pytest.mark.parametrize(
+    "name", ["select_bands", "select_grid", "sparse_attention", "prefill grid"]
+)
+def test_fake_tensors_refuse_block_sizes_as_the_op_does(name: str) -> None:
+    arguments, options = sample(name, "cpu")
+    options |= {"q_block_size": 64, "k_block_size": 128}
+    metas = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    for given in (arguments, metas):
+        with pytest.raises(RuntimeError, match=r"\(q_block_size, k_block_size\) is \(64, 128\)"):
+            op(name)(*given, **options)
 
 
 def test_masks_do_not_require_grad(device: str) -> None:
     q, k, v = (x.requires_grad_() for x in qkv(device))
-    *_, bits, counts = torch.ops.prism.prefill(
-        q, k, v, HIGH, LOW, 0.9, q_block_size=64, k_block_size=64
-    )
+    *_, bits, counts = _prefill(q, k, v)
     assert not bits.requires_grad
     assert not counts.requires_grad
 
@@ -244,7 +319,7 @@ def test_inference_mode_equals_grad_mode(device: str) -> None:
     assert_same(quiet, _prefill(*tensors))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 def test_no_op_claims_to_mutate_or_alias(name: str) -> None:
     schema = op(name)._schema
     assert not schema.is_mutable
@@ -261,7 +336,7 @@ def test_an_op_in_place_says_what_it_writes(name: str) -> None:
 
 def test_compiled_append_equals_eager(device: str) -> None:
     def append(x: torch.Tensor, means: torch.Tensor, sums: torch.Tensor, start: int) -> None:
-        torch.ops.prism.pool_append_(x, means, sums, start, 64)
+        torch.ops.prism.append_means_(x, means, sums, start, 64)
 
     torch._dynamo.reset()
     compiled = torch.compile(append, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -1,4 +1,4 @@
-"""prism::prefill: the chain of the three ops in one call."""
+"""prism::prefill: selection and attention in one call, by every estimator and of every batch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import inputs, oracle
+from helpers import call, inputs, oracle
 from helpers.build import select_bands, select_settings, structured_batch
 from helpers.cases import SELECT_GROUPS, SelectCase
 from helpers.compare import check_attention, check_selection
 from helpers.params import case_params
 from helpers.poison import poisoned_allocations
+from helpers.ragged import RaggedCase, RaggedInputs, ragged_inputs
 
-import prism_cuda  # noqa: F401  registers the ops
+import prism_cuda
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -24,6 +25,8 @@ SANITIZER_CASES = (
     "tiny-two_tokens",
 )
 GROUPS = {name: SELECT_GROUPS[name] for name in SELECT_GROUPS if name != "settings"}
+every_estimator = pytest.mark.parametrize("estimator", ["bands", "grid", "all"])
+SELECTING = ("bands", "grid")
 
 
 def qkv(case: SelectCase, device: str, layout: str = "contiguous") -> tuple[torch.Tensor, ...]:
@@ -32,32 +35,154 @@ def qkv(case: SelectCase, device: str, layout: str = "contiguous") -> tuple[torc
     return tuple(inputs.lay_out(x.bfloat16(), layout, device) for x in (q, k, v))
 
 
-def run(tensors: tuple[torch.Tensor, ...], case: SelectCase, **changes: Any) -> Outputs:
-    settings = select_settings(case) | changes
+def bands_of(case: SelectCase, estimator: str) -> dict[str, list[int]]:
+    high, low = select_bands(case) if estimator == "bands" else ([], [])
+    return {"high_band": high, "low_band": low}
+
+
+def run(
+    tensors: tuple[torch.Tensor, ...], case: SelectCase, estimator: str = "bands", **changes: Any
+) -> Outputs:
+    settings = select_settings(case) | bands_of(case, estimator) | changes
     with poisoned_allocations():
-        return torch.ops.prism.prefill(*tensors, *select_bands(case), case.top_p, **settings)
+        return call.prefill(*tensors, estimator, case.top_p, **settings)
 
 
-def chain(tensors: tuple[torch.Tensor, ...], case: SelectCase) -> Outputs:
+def every_block(
+    shape: tuple[int, ...], case: SelectCase, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = prism_cuda.BlockMask.full(
+        *shape[:2], case.q_len, case.k_len, q_block_size=case.blocks[0],
+        k_block_size=case.blocks[1], causal=case.causal, window_left=window,
+    )  # fmt: skip
+    return mask.bits, mask.counts
+
+
+def chain(
+    tensors: tuple[torch.Tensor, ...], case: SelectCase, estimator: str = "bands", **scores: Any
+) -> Outputs:
     q, k, v = tensors
     settings = select_settings(case)
-    bits, counts = torch.ops.prism.select_blocks(
-        torch.ops.prism.block_pool(q, case.blocks[0]),
-        torch.ops.prism.block_pool(k, case.blocks[1]),
-        case.q_len, case.k_len, *select_bands(case), case.top_p, **settings,
-    )  # fmt: skip
+    if estimator == "bands":
+        bits, counts = call.select_bands(q, k, *select_bands(case), case.top_p, **settings)
+    elif estimator == "grid":
+        bits, counts = call.select_grid(q, k, case.top_p, **settings)
+    else:
+        made = every_block(tuple(q.shape), case, scores.get("window_left"))
+        bits, counts = (x.to(q.device) for x in made)
     out, lse = torch.ops.prism.sparse_attention(
-        q, k, v, bits, counts, None, case.causal, *case.blocks
+        q, k, v, bits, counts, None, case.causal, *case.blocks, **scores
     )
     return out, lse, bits, counts
 
 
+@every_estimator
 @pytest.mark.parametrize("case", case_params(GROUPS, SANITIZER_CASES))
-def test_equals_the_chain_of_ops(case: SelectCase, device: str) -> None:
+def test_equals_the_chain_of_ops(case: SelectCase, estimator: str, device: str) -> None:
     tensors = qkv(case, device)
-    for got, want in zip(run(tensors, case), chain(tensors, case), strict=True):
-        assert got.stride() == want.stride()
+    if estimator == "grid" and case.head_dim > 128:
+        with pytest.raises(RuntimeError, match="prism::prefill: q has head_dim.*grid.*128"):
+            run(tensors, case, estimator)
+        return
+    for got, want in zip(
+        run(tensors, case, estimator), chain(tensors, case, estimator), strict=True
+    ):
+        assert not got.numel() or got.stride() == want.stride()
         assert torch.equal(got, want)
+
+
+SCORES = {
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 4.0, 2.0])},
+    "softcap": {"softcap": 2.0},
+    "window": {"window_left": 90},
+    "window_of_all": {"window_left": 5000},
+    "all": {"sinks": torch.tensor([0.5, -1.0, 4.0, 2.0]), "softcap": 2.0, "window_left": 90},
+}
+
+
+def scores_of(name: str, device: str) -> dict[str, Any]:
+    made = dict(SCORES[name])
+    return made | {"sinks": made["sinks"].to(device)} if "sinks" in made else made
+
+
+@every_estimator
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_equal_those_of_the_chain(
+    name: str, causal: bool, estimator: str, device: str
+) -> None:
+    case = SelectCase("scores", 300, 700, q_heads=4, causal=causal)
+    tensors, scores = qkv(case, device), scores_of(name, device)
+    got = run(tensors, case, estimator, **scores)
+    for a, b in zip(got, chain(tensors, case, estimator, **scores), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("estimator", SELECTING)
+def test_heads_with_rules_of_their_own(estimator: str, device: str) -> None:
+    case = SelectCase("per_head", 640, 900, q_heads=4)
+    tensors = qkv(case, device)
+    top_p = [0.2, 1.0, 0.9, 0.0]
+    options = select_settings(case) | bands_of(case, estimator)
+    together = call.prefill(*tensors, estimator, top_p, **options)
+    for head, own in enumerate(top_p):
+        alone = call.prefill(*tensors, estimator, own, **options)
+        assert all(
+            torch.equal(a[:, head], b[:, head]) for a, b in zip(together, alone, strict=True)
+        )
+
+
+RAGGED = ((300, 700), (0, 50), (130, 200), (1, 400), (90, 64), (129, 1000))
+
+
+def ragged_chain(made: RaggedInputs, estimator: str, options: dict[str, Any]) -> Outputs:
+    scores = {name: options.pop(name) for name in ("sinks", "softcap", "window_left", "scale")}
+    sizes = {name: options[name] for name in ("causal", "q_block_size", "k_block_size")}
+    if estimator == "bands":
+        bits, counts = call.select_bands(made.q, made.k, **made.where(), **options)
+    elif estimator == "grid":
+        options = {name: x for name, x in options.items() if not name.endswith("_band")}
+        options["scale"] = scores["scale"]
+        bits, counts = call.select_grid(made.q, made.k, **made.where(), **options)
+    else:
+        bits, counts = every_ragged_block(made, options, scores["window_left"])
+    out, lse = torch.ops.prism.sparse_attention(
+        made.q, made.k, made.v, bits, counts, **made.where(), **sizes, **scores
+    )
+    return out, lse, bits, counts
+
+
+def every_ragged_block(
+    made: RaggedInputs, options: dict[str, Any], window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = {name: options[name] for name in ("q_block_size", "k_block_size", "causal")}
+    longest = (made.tensors["max_seqlen_q"], made.tensors["max_seqlen_k"])
+    blocks = (oracle.ceil_div(n, m) for n, m in zip(longest, sizes.values(), strict=False))
+    keep = torch.zeros(len(RAGGED), made.q.shape[1], *blocks, dtype=torch.bool)
+    for b, (q_len, k_len) in enumerate(RAGGED):
+        mask = prism_cuda.BlockMask.full(
+            1, made.q.shape[1], q_len, k_len, **sizes, window_left=window
+        ).to_dense()
+        keep[b, :, : mask.shape[2], : mask.shape[3]] = mask[0]
+    return tuple(x.to(made.q.device) for x in oracle.pack_bits(keep))  # type: ignore[return-value]
+
+
+@every_estimator
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("scores", ["none", *SCORES])
+def test_a_ragged_batch_equals_the_chain_of_ops(
+    scores: str, page_size: int | None, estimator: str, device: str
+) -> None:
+    case = RaggedCase("prefill", RAGGED, page_size=page_size, slack=(70, 300), blocks=(128, 64))
+    made = ragged_inputs(case, torch.bfloat16, device)
+    high, low = oracle.half_split_bands(64, 32, 48) if estimator == "bands" else ([], [])
+    options: dict[str, Any] = made.settings | {"high_band": high, "low_band": low, "sinks": None}
+    options |= {"top_p": 0.6, "keep_above": 0.1, "dense_below": 300}
+    options |= {} if scores == "none" else scores_of(scores, device)
+    with poisoned_allocations():
+        got = call.prefill(made.q, made.k, made.v, estimator, **made.where(), **options)
+    for a, b in zip(got, ragged_chain(made, estimator, options), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("layout", inputs.LAYOUTS)
@@ -103,19 +228,21 @@ def test_p_1_equals_dense_attention(device: str, causal: bool) -> None:
     )
 
 
-def test_scale_reaches_the_attention_but_not_the_selection(device: str) -> None:
+def test_scale_reaches_the_attention_and_the_grid_but_not_the_bands(device: str) -> None:
     case = SelectCase("scale", 700, 700)
     tensors = qkv(case, device)
     out, _, bits, _ = run(tensors, case)
     scaled_out, _, scaled_bits, _ = run(tensors, case, scale=0.5)
     assert torch.equal(bits, scaled_bits)
     assert not torch.equal(out, scaled_out)
+    grid = [run(tensors, case, "grid", scale=scale)[2] for scale in (0.125, 0.5)]
+    assert not torch.equal(*grid)
 
 
 def test_defaults_are_those_of_the_interface(device: str) -> None:
-    case = SelectCase("defaults", 700, 700, head_dim=128, blocks=(128, 128), high=64, low=96)
+    case = SelectCase("defaults", 700, 700, head_dim=128, blocks=(128, 64), high=64, low=96)
     tensors = qkv(case, device)
-    bare = torch.ops.prism.prefill(*tensors, *select_bands(case), case.top_p)
+    bare = torch.ops.prism.prefill(*tensors, "bands", *select_bands(case), [case.top_p])
     for got, want in zip(bare, run(tensors, case, scale=128**-0.5), strict=True):
         assert torch.equal(got, want)
 
@@ -137,21 +264,22 @@ def test_inputs_are_left_unchanged(device: str) -> None:
     assert all(torch.equal(x, was) for x, was in zip(tensors, before, strict=True))
 
 
-def test_graph_replay_equals_eager_on_new_inputs(cuda: str) -> None:
+@every_estimator
+def test_graph_replay_equals_eager_on_new_inputs(estimator: str, cuda: str) -> None:
     case = SelectCase("graph", 1500, 1600, q_heads=4, head_dim=128, blocks=(128, 128))
     static = qkv(case, cuda)
-    arguments = (*static, *select_bands(case), case.top_p)
-    options = select_settings(case)
-    torch.ops.prism.prefill(*arguments, **options)
+    arguments = (*static, estimator, case.top_p)
+    options = select_settings(case) | bands_of(case, estimator)
+    call.prefill(*arguments, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = torch.ops.prism.prefill(*arguments, **options)
+        captured = call.prefill(*arguments, **options)
     for seed in (21, 22):
         for i, x in enumerate(static):
             x.copy_(inputs.tensor(tuple(x.shape), torch.bfloat16, cuda, seed=seed + i))  # type: ignore[arg-type]
         graph.replay()
-        eager = torch.ops.prism.prefill(*arguments, **options)
+        eager = call.prefill(*arguments, **options)
         for got, want in zip(captured, eager, strict=True):
             assert torch.equal(got, want)
 
@@ -167,9 +295,8 @@ def test_other_stream_is_used(cuda: str) -> None:
         torch.cuda._sleep(50_000_000)  # the copies below finish after the default stream is idle
         for x, y in zip(late, tensors, strict=True):
             x.copy_(y)
-        got = torch.ops.prism.prefill(
-            *late, *select_bands(case), case.top_p, **select_settings(case)
-        )
+        options = select_settings(case) | bands_of(case, "bands")
+        got = call.prefill(*late, "bands", case.top_p, **options)
     side.synchronize()
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)

@@ -7,6 +7,9 @@
 
 #include <cstdint>
 
+#include "kernels/common/constants.h"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/params.h"
 
 namespace prism {
@@ -47,19 +50,13 @@ __device__ auto wgmma_a_operand(Layout layout) {
 
 // Four neighbouring threads hold one row.
 __device__ inline float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+  x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
 }
 
 __device__ inline float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-__device__ inline float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+  x += __shfl_xor_sync(kAllLanes, x, 1);
+  return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
 // Of cap_scores: its argument is twice that of tanh, for which see there.
@@ -88,7 +85,7 @@ __device__ __forceinline__ void cap_scores(Scores& scores, float factor) {
     bits |= __float_as_uint(scores(i));
   }
   // Bit 30 is set in what is 2 or more, on either side, and in NaN.
-  if (!__any_sync(0xffffffffu, bits & 0x40000000u)) {
+  if (!__any_sync(kAllLanes, bits & 0x40000000u)) {
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) {
       // Minimax in relative error for tanh(x / 2) / x in terms of x^2 < 4.
@@ -104,7 +101,7 @@ __device__ __forceinline__ void cap_scores(Scores& scores, float factor) {
 #pragma unroll
     for (int i = 0; i < size(scores); ++i) {
       // tanh(x / 2) = 1 - 2 / (1 + e^x), good to the last bits of 1.
-      const float e = exp2_approx(scores(i) * 1.4426950408889634f);
+      const float e = exp2_approximate(scores(i) * kLog2E);
       scores(i) = 1.f - __fdividef(2.f, 1.f + e);
     }
   }
@@ -126,7 +123,7 @@ struct OnlineSoftmax {
     reset();
   }
 
-  __device__ void set_scale(float scale) { scale_log2 = scale * 1.4426950408889634f; }
+  __device__ void set_scale(float scale) { scale_log2 = scale * kLog2E; }
 
   __device__ void reset() {
 #pragma unroll
@@ -154,7 +151,7 @@ struct OnlineSoftmax {
       const bool moved = maximum > base[row] + kSlack;
       const float previous = base[row];
       base[row] = moved ? maximum : previous;
-      correction[row] = moved ? exp2_approx(previous - maximum) : 1.f;
+      correction[row] = moved ? exp2_approximate(previous - maximum) : 1.f;
       changed |= moved;
     }
 #pragma unroll
@@ -164,13 +161,13 @@ struct OnlineSoftmax {
       float tile_sum = 0.f;
 #pragma unroll
       for (int column = 0; column < size<1>(scores); ++column) {
-        const float p = exp2_approx(scores(row, column) * scale_log2 - offset);
+        const float p = exp2_approximate(scores(row, column) * scale_log2 - offset);
         scores(row, column) = p;
         tile_sum += p;
       }
       sum[row] = sum[row] * correction[row] + tile_sum;
     }
-    return __any_sync(0xffffffffu, changed);
+    return __any_sync(kAllLanes, changed);
   }
 
   // The usual case, in which the base may stay: turns scores into probabilities of type Element,
@@ -200,7 +197,7 @@ struct OnlineSoftmax {
       *reinterpret_cast<cutlass::Array<Element, 2>*>(&probabilities(i)) = convert(pair);
     }
     const bool fits = tile_sum[0] <= kLimit && tile_sum[1] <= kLimit;
-    if (!__all_sync(0xffffffffu, fits)) {
+    if (!__all_sync(kAllLanes, fits)) {
       return false;
     }
 #pragma unroll
@@ -229,15 +226,14 @@ struct OnlineSoftmax {
   __device__ __forceinline__ float finish(Output& output, int row, float sink,
                                           float value_scale = 1.f) const {
     using namespace cute;
-    constexpr float kLn2 = 0.6931471805599453f;
-    const float sink_log2 = sink * 1.4426950408889634f;
+    const float sink_log2 = sink * kLog2E;
     float total = quad_sum(sum[row]);
     float exponent = base[row];
     float factor = 1.f;
     if (sink_log2 > -INFINITY) {
       exponent = fmaxf(exponent, sink_log2);
-      factor = exp2_approx(base[row] - exponent);
-      total = total * factor + exp2_approx(sink_log2 - exponent);
+      factor = exp2_approximate(base[row] - exponent);
+      total = total * factor + exp2_approximate(sink_log2 - exponent);
     }
     const float inverse = total == 0.f ? 0.f : factor / total * value_scale;
 #pragma unroll

@@ -3,98 +3,92 @@
 #include <cutlass/numeric_types.h>
 
 #include <cstdlib>
-#include <type_traits>
 
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/sm90/kernel.h"
+#include "kernels/common/type_list.h"
 #include "kernels/describe.h"
 
 namespace prism {
 
 namespace {
 
-template <typename Element, int kHeadDim>
-cudaError_t launch_head_dim(AttentionKernel kernel, const SparseAttentionParams& params,
-                            cudaStream_t stream) {
-  if (kernel == AttentionKernel::kSm90) {
-    if (params.softcap > 0.f || params.window_left >= 0) {
-      return sm90::launch_attention<Element, kHeadDim, 64, true>(params, stream);
-    }
-    return params.k_block_size == 64
-               ? sm90::launch_attention<Element, kHeadDim, 64>(params, stream)
-               : sm90::launch_attention<Element, kHeadDim, 128>(params, stream);
-  }
-  if constexpr (kHeadDim == 256) {
-    return sm80::launch_attention<Element, kHeadDim, 64>(params, stream);
-  } else {
-    return params.q_block_size == 64
-               ? sm80::launch_attention<Element, kHeadDim, 64>(params, stream)
-               : sm80::launch_attention<Element, kHeadDim, 128>(params, stream);
-  }
-}
-
-template <typename Element, int kHeadDim>
-cudaError_t launch_fp8(AttentionKernel kernel, const SparseAttentionParams& params,
-                       cudaStream_t stream) {
-  if constexpr (kHeadDim <= 128) {
-    if (kernel == AttentionKernel::kSm90) {
-      return params.k_block_size == 64
-                 ? sm90::launch_attention_fp8<Element, kHeadDim, 64>(params, stream)
-                 : sm90::launch_attention_fp8<Element, kHeadDim, 128>(params, stream);
-    }
-  }
-  if constexpr (kHeadDim == 128) {
-    if (params.q_block_size == 128) {
-      return sm80::launch_attention<Element, kHeadDim, 128, true>(params, stream);
-    }
-  }
-  return sm80::launch_attention<Element, kHeadDim, 64, true>(params, stream);
-}
-
-template <typename Element>
-cudaError_t launch_dtype(AttentionKernel kernel, const SparseAttentionParams& params,
-                         cudaStream_t stream) {
-  const auto launch = [&](auto head_dim) {
-    constexpr int kHeadDim = decltype(head_dim)::value;
-    return params.kv_is_fp8 ? launch_fp8<Element, kHeadDim>(kernel, params, stream)
-                            : launch_head_dim<Element, kHeadDim>(kernel, params, stream);
-  };
+// An instantiation of the portable kernel.
+template <typename Element, int kHeadDim, int kTileM, bool kFp8 = false>
+struct Sm80Kernel {
   // A head_dim in between is padded with zeros in shared memory.
-  if (params.head_dim <= 64) {
-    return launch(std::integral_constant<int, 64>());
+  static bool fits(AttentionKernel kernel, const SparseAttentionParams& params) {
+    // Tiles of 64 rows also divide query blocks of 128.
+    return kernel == AttentionKernel::kSm80 && params.kv_is_fp8 == kFp8 &&
+           params.head_dim <= kHeadDim && (kTileM == 64 || params.q_block_size == kTileM);
   }
-  if (params.head_dim <= 128) {
-    return launch(std::integral_constant<int, 128>());
+  static cudaError_t launch(const SparseAttentionParams& params, cudaStream_t stream) {
+    return sm80::launch_attention<Element, kHeadDim, kTileM, kFp8>(params, stream);
   }
-  return launch(std::integral_constant<int, 256>());
+  static void describe(std::vector<KernelInfo>& kernels) {
+    sm80::describe_attention<Element, kHeadDim, kTileM, kFp8>(kernels);
+  }
+};
+
+// Of the Hopper kernel. kScoreOptions: with a softcap or a window, for blocks of either size.
+template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions = false>
+struct Sm90Kernel {
+  static bool fits(AttentionKernel kernel, const SparseAttentionParams& params) {
+    const bool options = params.softcap > 0.f || params.window_left >= 0;
+    return kernel == AttentionKernel::kSm90 && !params.kv_is_fp8 && params.head_dim <= kHeadDim &&
+           kScoreOptions == options && (kScoreOptions || params.k_block_size == kBlockN);
+  }
+  static cudaError_t launch(const SparseAttentionParams& params, cudaStream_t stream) {
+    return sm90::launch_attention<Element, kHeadDim, kBlockN, kScoreOptions>(params, stream);
+  }
+  static void describe(std::vector<KernelInfo>& kernels) {
+    if (has_sm90_kernels()) {
+      sm90::describe_attention<Element, kHeadDim, kBlockN, kScoreOptions>(kernels);
+    }
+  }
+};
+
+template <typename Element, int kHeadDim, int kBlockN>
+struct Sm90Fp8Kernel {
+  static bool fits(AttentionKernel kernel, const SparseAttentionParams& params) {
+    return kernel == AttentionKernel::kSm90 && params.kv_is_fp8 && params.head_dim <= kHeadDim &&
+           params.k_block_size == kBlockN;
+  }
+  static cudaError_t launch(const SparseAttentionParams& params, cudaStream_t stream) {
+    return sm90::launch_attention_fp8<Element, kHeadDim, kBlockN>(params, stream);
+  }
+  static void describe(std::vector<KernelInfo>& kernels) {
+    if (has_sm90_kernels()) {
+      sm90::describe_attention_fp8<Element, kHeadDim, kBlockN>(kernels);
+    }
+  }
+};
+
+// In the order of choice: the narrowest head that fits, and the most rows a tile.
+template <typename T>
+using KernelsOf =
+    TypeList<Sm80Kernel<T, 64, 128>, Sm80Kernel<T, 64, 64>, Sm80Kernel<T, 128, 128>,
+             Sm80Kernel<T, 128, 64>, Sm80Kernel<T, 256, 64>,                         //
+             Sm80Kernel<T, 64, 64, true>, Sm80Kernel<T, 128, 128, true>,             //
+             Sm80Kernel<T, 128, 64, true>, Sm80Kernel<T, 256, 64, true>,             //
+             Sm90Kernel<T, 64, 64>, Sm90Kernel<T, 64, 128>, Sm90Kernel<T, 128, 64>,  //
+             Sm90Kernel<T, 128, 128>, Sm90Kernel<T, 256, 64>, Sm90Kernel<T, 256, 128>,
+             Sm90Kernel<T, 64, 64, true>, Sm90Kernel<T, 128, 64, true>,  //
+             Sm90Kernel<T, 256, 64, true>,                               //
+             Sm90Fp8Kernel<T, 64, 64>, Sm90Fp8Kernel<T, 64, 128>,        //
+             Sm90Fp8Kernel<T, 128, 64>, Sm90Fp8Kernel<T, 128, 128>>;
+
+template <typename Element>
+cudaError_t launch_element(AttentionKernel kernel, const SparseAttentionParams& params,
+                           cudaStream_t stream) {
+  return KernelsOf<Element>::launch_first(
+      [&](auto instance) { return instance.fits(kernel, params); },
+      [&](auto instance) { return instance.launch(params, stream); });
 }
 
 template <typename Element>
-void describe_dtype(std::vector<KernelInfo>& kernels) {
-  sm80::describe_attention<Element, 64, 64>(kernels);
-  sm80::describe_attention<Element, 64, 128>(kernels);
-  sm80::describe_attention<Element, 128, 64>(kernels);
-  sm80::describe_attention<Element, 128, 128>(kernels);
-  sm80::describe_attention<Element, 256, 64>(kernels);
-  sm80::describe_attention<Element, 64, 64, true>(kernels);
-  sm80::describe_attention<Element, 128, 64, true>(kernels);
-  sm80::describe_attention<Element, 128, 128, true>(kernels);
-  sm80::describe_attention<Element, 256, 64, true>(kernels);
-  if (has_sm90_kernels()) {
-    sm90::describe_attention<Element, 64, 64>(kernels);
-    sm90::describe_attention<Element, 64, 128>(kernels);
-    sm90::describe_attention<Element, 128, 64>(kernels);
-    sm90::describe_attention<Element, 128, 128>(kernels);
-    sm90::describe_attention<Element, 256, 64>(kernels);
-    sm90::describe_attention<Element, 256, 128>(kernels);
-    sm90::describe_attention_fp8<Element, 64, 64>(kernels);
-    sm90::describe_attention_fp8<Element, 64, 128>(kernels);
-    sm90::describe_attention_fp8<Element, 128, 64>(kernels);
-    sm90::describe_attention_fp8<Element, 128, 128>(kernels);
-    sm90::describe_attention<Element, 64, 64, true>(kernels);
-    sm90::describe_attention<Element, 128, 64, true>(kernels);
-    sm90::describe_attention<Element, 256, 64, true>(kernels);
-  }
+void describe_element(std::vector<KernelInfo>& kernels) {
+  KernelsOf<Element>::for_each([&](auto instance) { instance.describe(kernels); });
 }
 
 }  // namespace
@@ -137,13 +131,13 @@ cudaError_t launch_sparse_attention(const SparseAttentionParams& params, int sm,
     return cudaSuccess;
   }
   return params.dtype == DType::kFloat16
-             ? launch_dtype<cutlass::half_t>(choice.kernel, params, stream)
-             : launch_dtype<cutlass::bfloat16_t>(choice.kernel, params, stream);
+             ? launch_element<cutlass::half_t>(choice.kernel, params, stream)
+             : launch_element<cutlass::bfloat16_t>(choice.kernel, params, stream);
 }
 
 void describe_sparse_attention(std::vector<KernelInfo>& kernels) {
-  describe_dtype<cutlass::bfloat16_t>(kernels);
-  describe_dtype<cutlass::half_t>(kernels);
+  describe_element<cutlass::bfloat16_t>(kernels);
+  describe_element<cutlass::half_t>(kernels);
 }
 
 }  // namespace prism

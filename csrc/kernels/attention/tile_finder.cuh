@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/attention/tile_coord.h"
+#include "kernels/common/batch.cuh"
 #include "kernels/params.h"
 
 namespace prism {
@@ -26,32 +27,6 @@ struct Tile {
   int q_block;  // of kTileM rows
 };
 
-// What the device arrays say is held within the tensors: nobody has checked them.
-__device__ inline int clamp(int x, int low, int high) { return max(low, min(x, high)); }
-
-__device__ inline void read_queries(const SparseAttentionParams& params, int batch, int& start,
-                                    int& length) {
-  const RaggedBatch& ragged = params.ragged;
-  start = clamp(__ldg(ragged.cu_seqlens_q + batch), 0, ragged.total_q);
-  const int end = clamp(__ldg(ragged.cu_seqlens_q + batch + 1), start, ragged.total_q);
-  length = min(end - start, params.q_len);
-}
-
-__device__ inline void read_keys(const SparseAttentionParams& params, int batch, int& start,
-                                 int& length) {
-  const RaggedBatch& ragged = params.ragged;
-  start = 0;
-  length = params.k_len;
-  if (!ragged.is_paged()) {
-    start = clamp(__ldg(ragged.cu_seqlens_k + batch), 0, ragged.total_k);
-    const int end = clamp(__ldg(ragged.cu_seqlens_k + batch + 1), start, ragged.total_k);
-    length = min(length, end - start);
-  }
-  if (ragged.seqused_k != nullptr) {
-    length = clamp(__ldg(ragged.seqused_k + batch), 0, length);
-  }
-}
-
 // Finds tiles by ascending index. All lanes of a warp take part.
 template <int kTileM>
 class TileFinder {
@@ -65,11 +40,16 @@ class TileFinder {
     Sequence& sequence = tile.sequence;
     int kv_heads = params_.kv_heads;
     if (ragged) {
-      if (!find_sequence(index, sequence.batch)) {
+      const int batch = search_.find(index, static_cast<int>(params_.batch), [&](int other) {
+        const Span q = q_span(params_.ragged, other, params_.q_len);
+        return (q.length + kTileM - 1) / kTileM * params_.q_heads;
+      });
+      if (batch == params_.batch) {
         return false;
       }
-      read_queries(params_, sequence.batch, sequence.q_start, sequence.q_len);
-      read_keys(params_, sequence.batch, sequence.k_start, sequence.k_len);
+      const Span q = q_span(params_.ragged, batch, params_.q_len);
+      const Span k = k_span(params_.ragged, batch, params_.k_len);
+      sequence = {batch, q.start, q.length, k.start, k.length};
     } else {
       sequence = {0, 0, params_.q_len, 0, params_.k_len};
       kv_heads *= static_cast<int>(params_.batch);
@@ -88,41 +68,9 @@ class TileFinder {
   }
 
  private:
-  // The tiles of one sequence follow those of the one before. `index` becomes the number among
-  // those of its sequence.
-  __device__ bool find_sequence(int& index, int& batch) {
-    constexpr unsigned kAll = 0xffffffffu;
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    for (; first_ < params_.batch; first_ += 32) {
-      int tiles = 0;
-      if (first_ + lane < params_.batch) {
-        int start = 0;
-        int length = 0;
-        read_queries(params_, first_ + lane, start, length);
-        tiles = (length + kTileM - 1) / kTileM * params_.q_heads;
-      }
-      int end = tiles;  // of this lane's sequence, and of those before it
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(kAll, end, step);
-        end += lane >= step ? before : 0;
-      }
-      const unsigned later = __ballot_sync(kAll, end > index - tiles_);
-      if (later != 0) {
-        const int found = __ffs(static_cast<int>(later)) - 1;
-        batch = first_ + found;
-        index -= tiles_ + __shfl_sync(kAll, end - tiles, found);
-        return true;
-      }
-      tiles_ += __shfl_sync(kAll, end, 31);
-    }
-    return false;
-  }
-
   const SparseAttentionParams& params_;
   int section_;
-  int first_ = 0;  // sequences that have no tile at or after the last index
-  int tiles_ = 0;  // theirs
+  SequenceSearch search_;
 };
 
 }  // namespace prism

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/common/launch.h"
+#include "kernels/common/load_rows.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/type_list.h"
 #include "kernels/describe.h"
 #include "kernels/grid/launch_grid.h"
 #include "kernels/grid/pool_cells.cuh"
@@ -14,11 +18,10 @@ namespace prism {
 constexpr int kMinGridCtas = 2;  // of an SM: one selects while the other scores
 
 template <typename Cta>
-__device__ void run_ragged(Cta& cta, const EstimateGridParams& params, GridTile& tile) {
-  clear_past_ends(params.select);
+__device__ void run_ragged(Cta& cta, const GridParams& params, GridTile& tile) {
+  clear_past_ends(params.select);  // nothing that pooling touches
   if (threadIdx.x == 0) {
-    tile.passed_sequences = 0;
-    tile.passed_tiles = 0;
+    tile.search = SequenceSearch();
   }
   __syncthreads();
   wait_for_producer();
@@ -36,11 +39,11 @@ __device__ void run_ragged(Cta& cta, const EstimateGridParams& params, GridTile&
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, kMinGridCtas)
-    score_cells_kernel(const __grid_constant__ EstimateGridParams params) {
+    score_cells_kernel(const __grid_constant__ GridParams params) {
   extern __shared__ uint4 smem[];
   auto& shared = *reinterpret_cast<typename Shape::Storage*>(smem);
   GridCta<Shape> cta(params, shared);
-  const SelectBlocksParams& select = params.select;
+  const SelectParams& select = params.select;
   if constexpr (Shape::kRagged) {
     run_ragged(cta, params, shared.tile);
     return;
@@ -62,129 +65,134 @@ __global__ void __launch_bounds__(Shape::kThreads, kMinGridCtas)
   }
 }
 
-inline CellTask cell_task(const TensorView& x, const CellStats& cells, int64_t batch, int64_t heads,
-                          int64_t first_cell, int64_t length) {
-  const int64_t count = cells_of(length);
-  return {x, cells, heads, length, first_cell, count, batch * heads * count};
-}
+// In the order of choice. Key blocks of 64 and of 128 tokens.
+template <int kHeadDim>
+using GridShapes = TypeList<GridShape<kHeadDim, 4, false>, GridShape<kHeadDim, 8, false>,
+                            GridShape<kHeadDim, 4, true>, GridShape<kHeadDim, 8, true>>;
 
-inline CellTask ragged_task(const TensorView& x, const CellStats& cells, int64_t heads,
-                            int64_t longest) {
-  const int64_t cells_of_head = cells.factor_head_stride;
-  return {x, cells, heads, longest, 0, cells_of_head, heads * cells_of_head};
+inline CellTask cell_task(const TensorView& x, const CellStats& cells, int64_t batch, int64_t heads,
+                          int64_t first_cell, int64_t cells_of_head, int64_t length) {
+  return {x,
+          cells,
+          length,
+          first_cell,
+          static_cast<uint32_t>(heads),
+          static_cast<uint32_t>(cells_of_head),
+          static_cast<uint32_t>(batch * heads * cells_of_head)};
 }
 
 template <int kHeadDim, bool kRagged>
 cudaError_t launch_pool_tasks(const PoolCellsArguments& arguments, DType dtype,
                               cudaStream_t stream) {
-  constexpr int kCtaCells = kPoolThreads * kVector / kHeadDim;
-  const int64_t grid = (arguments.q.count + arguments.k.count + kCtaCells - 1) / kCtaCells;
+  constexpr int kCtaCells = kCellThreads * kVector / kHeadDim;
+  const int64_t count = int64_t{arguments.q.count} + arguments.k.count;
   const auto task_aligned = [](const CellTask& task) {
     return task.count == 0 || is_aligned(task.x);
   };
   const bool aligned = task_aligned(arguments.q) && task_aligned(arguments.k);
-  const auto launch_as = [&](auto element) {
-    using Element = decltype(element);
-    const auto kernel = !aligned ? pool_cells_kernel<Element, kHeadDim, Rows::kUnaligned, kRagged>
-                        : arguments.head_dim == kHeadDim
-                            ? pool_cells_kernel<Element, kHeadDim, Rows::kWhole, kRagged>
-                            : pool_cells_kernel<Element, kHeadDim, Rows::kShort, kRagged>;
-    return launch_kernel(kernel, {grid, kPoolThreads, 0}, stream, arguments);
-  };
-  return dtype == DType::kFloat16 ? launch_as(__half()) : launch_as(__nv_bfloat16());
+  return launch_dtype<Elements16>(dtype, [&](auto element) {
+    return RowsOfWidth<kHeadDim>::launch_first(
+        [&](auto rows) { return rows.fits(arguments.head_dim, aligned); },
+        [&](auto rows) {
+          return launch_kernel(pool_cells_kernel<decltype(element), decltype(rows), kRagged>,
+                               {(count + kCtaCells - 1) / kCtaCells, kCellThreads, 0}, stream,
+                               arguments);
+        });
+  });
+}
+
+// 512 bytes each at least: more would not fit any GPU.
+inline bool too_many_cells(int64_t q_cells, int64_t k_cells) {
+  return q_cells + k_cells > INT32_MAX;
 }
 
 template <int kHeadDim>
 cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream) {
+  const int64_t cells = cells_of(params.length);
+  if (too_many_cells(0, params.batch * params.heads * cells)) {
+    return cudaErrorInvalidConfiguration;
+  }
   PoolCellsArguments arguments = {};
   arguments.k = cell_task(params.x, params.cells, params.batch, params.heads, params.first_cell,
-                          params.length);
+                          cells, params.length);
   arguments.scale = 1.f;
   arguments.head_dim = params.head_dim;
   return launch_pool_tasks<kHeadDim, false>(arguments, params.dtype, stream);
 }
 
-template <typename Shape>
-cudaError_t launch_score_cells(const EstimateGridParams& params, int64_t ctas, bool overlaps,
-                               cudaStream_t stream) {
-  const auto kernel = score_cells_kernel<Shape>;
-  constexpr int kSmem = sizeof(typename Shape::Storage);
-  // Set at every launch: the attribute belongs to the device, not to the process.
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
-  if (error != cudaSuccess) {
-    return error;
+template <int kHeadDim>
+cudaError_t launch_grid(const GridParams& params, int64_t ctas, int sm, cudaStream_t stream) {
+  const SelectParams& select = params.select;
+  const bool ragged = select.ragged.is_ragged();
+  const int64_t batch = ragged ? 1 : select.batch;  // of the cells
+  const GridWorkspace workspace(params, ctas, ragged);
+  const int64_t q_cells = workspace.q.factor_head_stride;  // of a head
+  const bool pools_keys = params.k_cells.vectors == nullptr;
+  const int64_t k_cells = pools_keys ? workspace.k.factor_head_stride : 0;
+  if (too_many_cells(batch * select.q_heads * q_cells, batch * select.kv_heads * k_cells)) {
+    return cudaErrorInvalidConfiguration;
   }
-  return launch_kernel(kernel, {ctas, Shape::kThreads, kSmem, overlaps}, stream, params);
-}
-
-template <int kHeadDim, bool kRagged>
-cudaError_t launch_grid_kernels(const EstimateGridParams& params, int64_t ctas, int sm,
-                                cudaStream_t stream) {
-  const SelectBlocksParams& select = params.select;
-  const GridWorkspace workspace(params, ctas, kRagged);
   PoolCellsArguments pool = {};
-  if constexpr (kRagged) {
-    pool.q = ragged_task(params.q, workspace.q, select.q_heads, select.q_len);
-    pool.k = ragged_task(params.k, workspace.k, select.kv_heads, select.k_len);
-    pool.ragged = select.ragged;
-    pool.batch = static_cast<int>(select.batch);
-    pool.tile_counter = workspace.tile_counter;
-  } else {
-    pool.q = cell_task(params.q, workspace.q, select.batch, select.q_heads, 0, select.q_len);
-    if (params.k_cells.vectors == nullptr) {
-      pool.k = cell_task(params.k, workspace.k, select.batch, select.kv_heads, 0, select.k_len);
-    }
+  pool.q = cell_task(params.q, workspace.q, batch, select.q_heads, 0, q_cells, select.q_len);
+  if (pools_keys) {
+    pool.k = cell_task(params.k, workspace.k, batch, select.kv_heads, 0, k_cells, select.k_len);
   }
   pool.scale = params.scale;
   pool.head_dim = select.head_dim;
-  const cudaError_t error = launch_pool_tasks<kHeadDim, kRagged>(pool, params.dtype, stream);
+  pool.ragged = select.ragged;
+  pool.batch = static_cast<int>(select.batch);
+  pool.tile_counter = workspace.tile_counter;
+  const cudaError_t error = ragged ? launch_pool_tasks<kHeadDim, true>(pool, params.dtype, stream)
+                                   : launch_pool_tasks<kHeadDim, false>(pool, params.dtype, stream);
   if (error != cudaSuccess) {
     return error;
   }
-  const bool overlaps = can_overlap(sm);
-  return select.k_block_size == 64
-             ? launch_score_cells<GridShape<kHeadDim, 4, kRagged>>(params, ctas, overlaps, stream)
-             : launch_score_cells<GridShape<kHeadDim, 8, kRagged>>(params, ctas, overlaps, stream);
-}
-
-template <int kHeadDim>
-cudaError_t launch_grid(const EstimateGridParams& params, int64_t ctas, int sm,
-                        cudaStream_t stream) {
-  return params.select.ragged.is_ragged()
-             ? launch_grid_kernels<kHeadDim, true>(params, ctas, sm, stream)
-             : launch_grid_kernels<kHeadDim, false>(params, ctas, sm, stream);
+  return GridShapes<kHeadDim>::launch_first(
+      [&](auto shape) {
+        return shape.kRagged == ragged && shape.kBlockCells * kCellTokens == select.k_block_size;
+      },
+      [&](auto shape) {
+        using Shape = decltype(shape);
+        const auto kernel = score_cells_kernel<Shape>;
+        constexpr int kSmem = sizeof(typename Shape::Storage);
+        // Set at every launch: the attribute belongs to the device, not to the process.
+        const cudaError_t attribute_error =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmem);
+        if (attribute_error != cudaSuccess) {
+          return attribute_error;
+        }
+        return launch_kernel(kernel, {ctas, Shape::kThreads, kSmem, can_overlap(sm)}, stream,
+                             params);
+      });
 }
 
 template <int kHeadDim, bool kRagged>
-void describe_grid_kernels(std::vector<KernelInfo>& kernels) {
-  const std::string head_dim = "d up to " + std::to_string(kHeadDim);
-  const std::string suffix = kRagged ? "_ragged<" : "<";
-  const auto add_score = [&](auto shape) {
-    using Shape = decltype(shape);
-    describe_kernel(kernels,
-                    "score_cells" + suffix + head_dim + ", key blocks of " +
-                        std::to_string(Shape::kBlockCells * kCellTokens) + ">",
-                    std::to_string(kCtaRows) + " query cells", score_cells_kernel<Shape>,
-                    Shape::kThreads, static_cast<int>(sizeof(typename Shape::Storage)));
-  };
-  const auto add_pool = [&](const char* element, Rows rows, auto kernel) {
-    describe_kernel(
-        kernels, "pool_cells" + suffix + element + ", " + rows_name(kHeadDim, rows) + ">",
-        std::to_string(kPoolThreads * kVector / kHeadDim) + " cells", kernel, kPoolThreads, 0);
-  };
-  add_pool("bf16", Rows::kWhole, pool_cells_kernel<__nv_bfloat16, kHeadDim, Rows::kWhole, kRagged>);
-  add_pool("bf16", Rows::kShort, pool_cells_kernel<__nv_bfloat16, kHeadDim, Rows::kShort, kRagged>);
-  add_pool("fp16", Rows::kWhole, pool_cells_kernel<__half, kHeadDim, Rows::kWhole, kRagged>);
-  add_pool("fp16", Rows::kShort, pool_cells_kernel<__half, kHeadDim, Rows::kShort, kRagged>);
-  add_score(GridShape<kHeadDim, 4, kRagged>());
-  add_score(GridShape<kHeadDim, 8, kRagged>());
+void describe_pool_cells(std::vector<KernelInfo>& kernels) {
+  Elements16::for_each([&](auto element) {
+    RowsOfWidth<kHeadDim>::for_each([&](auto rows) {
+      using Element = decltype(element);
+      describe_kernel(kernels,
+                      std::string(kRagged ? "pool_cells_ragged<" : "pool_cells<") +
+                          ElementTraits<Element>::kName + ", " + rows.name() + ">",
+                      std::to_string(kCellThreads * kVector / kHeadDim) + " cells",
+                      pool_cells_kernel<Element, decltype(rows), kRagged>, kCellThreads, 0);
+    });
+  });
 }
 
 template <int kHeadDim>
 void describe_grid(std::vector<KernelInfo>& kernels) {
-  describe_grid_kernels<kHeadDim, false>(kernels);
-  describe_grid_kernels<kHeadDim, true>(kernels);
+  describe_pool_cells<kHeadDim, false>(kernels);
+  describe_pool_cells<kHeadDim, true>(kernels);
+  GridShapes<kHeadDim>::for_each([&](auto shape) {
+    using Shape = decltype(shape);
+    describe_kernel(kernels,
+                    std::string(Shape::kRagged ? "score_cells_ragged<" : "score_cells<") +
+                        "d up to " + std::to_string(kHeadDim) + ", key blocks of " +
+                        std::to_string(Shape::kBlockCells * kCellTokens) + ">",
+                    std::to_string(kCtaRows) + " query cells", score_cells_kernel<Shape>,
+                    Shape::kThreads, static_cast<int>(sizeof(typename Shape::Storage)));
+  });
 }
 
 }  // namespace prism

@@ -12,8 +12,7 @@
 namespace prism {
 
 template <int kHeadDim>
-cudaError_t launch_grid(const EstimateGridParams& params, int64_t ctas, int sm,
-                        cudaStream_t stream);
+cudaError_t launch_grid(const GridParams& params, int64_t ctas, int sm, cudaStream_t stream);
 
 template <int kHeadDim>
 cudaError_t launch_pool_cells(const PoolCellsParams& params, cudaStream_t stream);

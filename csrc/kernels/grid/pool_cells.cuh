@@ -10,26 +10,28 @@
 #include <cfloat>
 #include <cstdint>
 
+#include "kernels/common/constants.h"
+#include "kernels/common/half_scale.cuh"
+#include "kernels/common/load_rows.cuh"
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/grid/ragged_cells.cuh"
 #include "kernels/grid/workspace.h"
-#include "kernels/launch.h"
-#include "kernels/pool/emit_means.cuh"
-#include "kernels/pool/load_rows.cuh"
 
 namespace prism {
 
-constexpr int kPoolThreads = 128;
+constexpr int kCellThreads = 128;
 
 // One tensor whose cells are pooled. Of a ragged batch, a batch of one whose cells are those that
 // there is room for.
 struct CellTask {
   TensorView x;  // from the first token of `first_cell` on
   CellStats cells;
-  int64_t heads;
   int64_t length;  // of a ragged batch the most that a sequence has
   int64_t first_cell;
-  int64_t cells_of_head;  // that are pooled
-  int64_t count;          // of all heads and batch elements
+  uint32_t heads;
+  uint32_t cells_of_head;  // that are pooled
+  uint32_t count;          // of all heads and batch elements
 };
 
 struct PoolCellsArguments {
@@ -54,40 +56,36 @@ __device__ inline uint4 to_halves(const float (&x)[kVector], float factor) {
   return result.raw;
 }
 
-// One instruction; the rounded root would branch for what float16 cannot tell apart.
-__device__ inline float sqrt_approximate(float x) {
-  float result;
-  asm("sqrt.approx.ftz.f32 %0, %1;\n" : "=f"(result) : "f"(x));
-  return result;
-}
-
 // A thread holds 8 dimensions of all the cell's tokens at once: many loads in flight, and the
 // spread is taken around the mean, which loses nothing to cancellation.
-template <typename Element, int kWidth, Rows kRows, bool kRagged>
-__global__ void __launch_bounds__(kPoolThreads)
+template <typename Element, typename Shape, bool kRagged>
+__global__ void __launch_bounds__(kCellThreads)
     pool_cells_kernel(const __grid_constant__ PoolCellsArguments arguments) {
-  constexpr int kLanes = kWidth / kVector;  // threads of a cell
-  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr Rows kRows = Shape::kRows;
+  constexpr int kLanes = Shape::kWidth / kVector;  // threads of a cell
+  wait_for_producer();
   let_consumer_start();
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kPoolThreads + threadIdx.x;
-  if (kRagged && thread == 0) {
+  if (kRagged && blockIdx.x == 0 && threadIdx.x == 0) {
     *arguments.tile_counter = 0;
   }
   const int lane = threadIdx.x % kLanes;
-  const int64_t all = arguments.q.count + arguments.k.count;
+  // Counts have 31 bits, whose divisions are much cheaper than those of 64.
+  const uint32_t all = arguments.q.count + arguments.k.count;
+  const uint32_t own_place = blockIdx.x * (kCellThreads / kLanes) + threadIdx.x / kLanes;
   // Threads beyond the last cell repeat it: all take part in the shuffles.
-  const int64_t place = min(thread / kLanes, all - 1);
+  const uint32_t place = min(own_place, all - 1);
   const bool is_key = place >= arguments.q.count;
   const CellTask& task = is_key ? arguments.k : arguments.q;
-  const int64_t index = is_key ? place - arguments.q.count : place;
+  const uint32_t index = is_key ? place - arguments.q.count : place;
   const int64_t cell = index % task.cells_of_head;
-  const int64_t batch = index / task.cells_of_head / task.heads;
-  const int64_t head = index / task.cells_of_head % task.heads;
+  const uint32_t all_heads_index = index / task.cells_of_head;
+  const int64_t batch = all_heads_index / task.heads;
+  const int64_t head = all_heads_index % task.heads;
   RaggedCell ragged_cell = {};
   if constexpr (kRagged) {
     ragged_cell =
         find_cell(arguments.ragged, arguments.batch, is_key, static_cast<int>(task.length), cell);
-    if (!__any_sync(0xffffffffu, ragged_cell.tokens > 0)) {
+    if (!__any_sync(kAllLanes, ragged_cell.tokens > 0)) {
       return;
     }
   }
@@ -128,6 +126,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       const float difference = to_float(packs[row].element[i]) - mean[i];
       squares += row < tokens ? difference * difference : 0.f;
     }
+    // The rounded root would branch for what float16 cannot tell apart.
     second[i] = is_key ? sqrt_approximate(squares * share) : fabsf(mean[i]);
     if (!has_dims) {
       mean[i] = second[i] = 0.f;
@@ -135,10 +134,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     // Of floats without sign the bits have their order; NaN comes last.
     largest = max(largest, max(__float_as_uint(fabsf(mean[i])), __float_as_uint(second[i])));
   }
-#pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-  }
+  largest = lanes_max<kLanes>(largest);
   // A cell that is not finite gets a factor of NaN, which marks all that sees it.
   const bool finite = largest < 0x7f800000u;
   const HalfScale range(__uint_as_float(finite ? largest : 0u));
@@ -148,7 +144,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       mean[i] = second[i] = 0.f;
     }
   }
-  if (thread / kLanes >= all || (kRagged && tokens == 0)) {
+  if (own_place >= all || (kRagged && tokens == 0)) {
     return;
   }
   const int64_t place_of_head = task.first_cell + cell;

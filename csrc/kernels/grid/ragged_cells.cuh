@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "kernels/common/batch.cuh"
+#include "kernels/common/load_rows.cuh"
 #include "kernels/grid/workspace.h"
-#include "kernels/pool/load_rows.cuh"
-#include "kernels/select/lengths.cuh"
 
 namespace prism {
 
@@ -49,34 +49,32 @@ __device__ inline RaggedCell find_cell(const RaggedBatch& ragged, int batch, boo
   return {sequence, span.start + token, min(span.length - token, kCellTokens)};
 }
 
-// Rows of `x`, from `head` on; those behind the cell's last repeat it. A cell of no sequence is not
-// read.
+// Rows of `x`, from `head` on; those behind the cell's last repeat it. Zeros for a cell of no
+// sequence and for pages that the pool does not have.
 template <Rows kRows, typename Element>
 __device__ void load_cell(const RaggedBatch& ragged, const RaggedCell& cell, bool is_key,
                           const TensorView& x, const Element* head,
                           Pack<Element> (&packs)[kCellTokens]) {
-  if (cell.tokens == 0) {
+  const bool paged = is_key && ragged.is_paged();
+  const PagedTokens tokens(x, ragged, cell.sequence);
+  if (paged && ragged.page_size() < kCellTokens && cell.tokens > 0) {
+#pragma unroll
+    for (int row = 0; row < kCellTokens; ++row) {
+      const int key = cell.first_token + min(row, cell.tokens - 1);
+      packs[row].raw = load_or_zeros<Element, kRows>(tokens.find(head, key)).raw;
+    }
+    return;
+  }
+  const Element* source = cell.tokens == 0 ? nullptr
+                          : paged          ? tokens.find(head, cell.first_token)
+                                           : head + cell.first_token * x.row_stride;
+  if (source == nullptr) {
 #pragma unroll
     for (int row = 0; row < kCellTokens; ++row) {
       packs[row].raw = {};
     }
     return;
   }
-  const bool paged = is_key && ragged.is_paged();
-  const int mask = ragged.page_size() - 1;
-  if (paged && ragged.page_size() < kCellTokens) {
-#pragma unroll
-    for (int row = 0; row < kCellTokens; ++row) {
-      const int key = cell.first_token + min(row, cell.tokens - 1);
-      const Element* page = head + page_of(ragged, cell.sequence, key) * x.batch_stride;
-      packs[row].raw = load<Element, kRows>(page + (key & mask) * x.row_stride).raw;
-    }
-    return;
-  }
-  const Element* source =
-      paged ? head + page_of(ragged, cell.sequence, cell.first_token) * x.batch_stride +
-                  (cell.first_token & mask) * x.row_stride
-            : head + cell.first_token * x.row_stride;
 #pragma unroll
   for (int row = 0; row < kCellTokens; ++row) {
     packs[row].raw = load<Element, kRows>(source + min(row, cell.tokens - 1) * x.row_stride).raw;

@@ -3,8 +3,9 @@
 
 #include <cstdint>
 
+#include "kernels/common/batch.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/grid/workspace.h"
-#include "kernels/select/lengths.cuh"
 
 namespace prism {
 
@@ -25,11 +26,9 @@ struct GridTile {
   int first_q_cell;  // of the sequence, in a head's cells
   int first_k_cell;
   int first_unit;
-  // How far the search for tiles has come: sequences that have none any more, and their tiles.
-  int passed_sequences;
-  int passed_tiles;
+  SequenceSearch search;
 
-  __device__ Lengths lengths(const SelectBlocksParams& select) const {
+  __device__ Lengths lengths(const SelectParams& select) const {
     const int q_len = static_cast<int>(extent.q_len);
     const int k_len = static_cast<int>(extent.k_len);
     return {q_len, k_len, (q_len + select.q_block_size - 1) / select.q_block_size,
@@ -37,53 +36,29 @@ struct GridTile {
   }
 };
 
-__device__ inline int units_of(const SelectBlocksParams& select, int q_len) {
+__device__ inline int units_of(const SelectParams& select, int q_len) {
   return select.q_heads / select.kv_heads *
          ((q_len + select.q_block_size - 1) / select.q_block_size);
 }
 
 // Draws the next tile, by one warp. Tiles of one sequence follow those of the one before; its last
 // query blocks, which see most, come first.
-__device__ inline void draw_tile(const SelectBlocksParams& select, int* counter, GridTile& tile) {
-  constexpr unsigned kAll = 0xffffffffu;
+__device__ inline void draw_tile(const SelectParams& select, int* counter, GridTile& tile) {
   const RaggedBatch& ragged = select.ragged;
-  const int lane = static_cast<int>(threadIdx.x % 32);
   const int batch = static_cast<int>(select.batch);
   const int longest_q = static_cast<int>(select.q_len);
   const int cta_units = kCtaRows / (select.q_block_size / kCellTokens);
-  int index = lane == 0 ? atomicAdd(counter, 1) : 0;
-  index = __shfl_sync(kAll, index, 0);
-  int first = tile.passed_sequences;
-  int passed = tile.passed_tiles;
-  int sequence = batch;
-  int head_tiles = 0;
-#pragma unroll 1
-  for (; first < batch; first += 32) {
-    int own = 0;  // tiles of a key head of this lane's sequence
-    if (first + lane < batch) {
-      const int units = units_of(select, q_span(ragged, first + lane, longest_q).length);
-      own = (units + cta_units - 1) / cta_units;
-    }
-    const int tiles = own * select.kv_heads;
-    int end = tiles;  // of this lane's sequence, and of those before it
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(kAll, end, step);
-      end += lane >= step ? before : 0;
-    }
-    const unsigned later = __ballot_sync(kAll, end > index - passed);
-    if (later != 0) {
-      const int found = __ffs(static_cast<int>(later)) - 1;
-      sequence = first + found;
-      head_tiles = __shfl_sync(kAll, own, found);
-      index -= passed + __shfl_sync(kAll, end - tiles, found);
-      break;
-    }
-    passed += __shfl_sync(kAll, end, 31);
-  }
-  if (lane == 0) {
-    tile.passed_sequences = first;
-    tile.passed_tiles = passed;
+  const auto head_tiles = [&](int sequence) {
+    return (units_of(select, q_span(ragged, sequence, longest_q).length) + cta_units - 1) /
+           cta_units;
+  };
+  int index = lane_index() == 0 ? atomicAdd(counter, 1) : 0;
+  index = __shfl_sync(kAllLanes, index, 0);
+  SequenceSearch search = tile.search;
+  const int sequence =
+      search.find(index, batch, [&](int other) { return head_tiles(other) * select.kv_heads; });
+  if (lane_index() == 0) {
+    tile.search = search;
     tile.extent.units = 0;
     if (sequence < batch) {
       const Span q = q_span(ragged, sequence, longest_q);
@@ -96,13 +71,13 @@ __device__ inline void draw_tile(const SelectBlocksParams& select, int* counter,
       tile.first_k_cell =
           static_cast<int>(ragged.is_paged() ? sequence * cells_of(select.k_len)
                                              : first_packed_cell(k.start, sequence));
-      tile.first_unit = (head_tiles - 1 - index / select.kv_heads) * cta_units;
+      tile.first_unit = (head_tiles(sequence) - 1 - index / select.kv_heads) * cta_units;
     }
   }
 }
 
 // Zeros the rows of query blocks past the sequences' ends, by all threads of all CTAs.
-__device__ inline void clear_past_ends(const SelectBlocksParams& select) {
+__device__ inline void clear_past_ends(const SelectParams& select) {
   const int64_t words = (select.k_blocks + 31) / 32;
 #pragma unroll 1
   for (int64_t head = blockIdx.x; head < select.batch * select.q_heads; head += gridDim.x) {

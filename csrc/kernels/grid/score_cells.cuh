@@ -14,44 +14,15 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/common/ptx.cuh"
+#include "kernels/common/warp.cuh"
 #include "kernels/grid/mass_row.cuh"
 #include "kernels/grid/ragged_tiles.cuh"
 #include "kernels/grid/workspace.h"
-#include "kernels/launch.h"
-#include "kernels/select/interpolate.cuh"
-#include "kernels/select/key_stream.cuh"
-#include "kernels/select/row_range.cuh"
+#include "kernels/keep/row_range.cuh"
+#include "kernels/keep/top_p.cuh"
 
 namespace prism {
-
-// Begins to copy 16 bytes, or 4, into shared memory.
-template <int kBytes>
-__device__ inline void copy_ahead(void* target, const void* source) {
-  const auto shared = static_cast<uint32_t>(__cvta_generic_to_shared(target));
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(shared), "l"(source)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(shared), "l"(source)
-                 : "memory");
-  }
-}
-
-__device__ inline uint4 load_matrices(const uint4* row) {
-  uint4 result;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
-               : "memory");
-  return result;
-}
-
-// Unlike fmaxf: what is undefined has to mark the row.
-__device__ inline float max_or_nan(float a, float b) {
-  float result;
-  asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(result) : "f"(a), "f"(b));
-  return result;
-}
 
 // kBlockCells: cells of a key block, 4 or 8.
 template <int kHeadDim_, int kBlockCells_, bool kRagged_>
@@ -100,7 +71,7 @@ class GridCta {
  public:
   using Storage = typename Shape::Storage;
 
-  __device__ GridCta(const EstimateGridParams& params, Storage& shared)
+  __device__ GridCta(const GridParams& params, Storage& shared)
       : params_(params),
         shared_(shared),
         workspace_(params, gridDim.x, Shape::kRagged),
@@ -109,7 +80,7 @@ class GridCta {
         row_shift_(params.select.q_block_size == 128 ? 3 : 2),
         block_rows_(1 << row_shift_) {
     if constexpr (!Shape::kRagged) {
-      const SelectBlocksParams& select = params.select;
+      const SelectParams& select = params.select;
       extent_ = {select.q_len, select.k_len, static_cast<int>(cells_of(select.q_len)),
                  static_cast<int>(cells_of(select.k_len)),
                  group_ * static_cast<int>(select.q_blocks)};
@@ -132,13 +103,14 @@ class GridCta {
     first_unit_ = first_unit;
     const int cta_units = kCtaRows >> row_shift_;
     const int cta_visible = last_visible(first_unit + cta_units);
-    const int tiles = params_.select.top_p >= 1.0 ? 0 : (cta_visible + kTileCells - 1) / kTileCells;
+    const bool scores = params_.select.rules.any_selects(static_cast<int>(head) * group_, group_);
+    const int tiles = scores ? (cta_visible + kTileCells - 1) / kTileCells : 0;
 #pragma unroll 1
     for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
       copy_tile(stage, stage, tiles);
     }
     score(tiles);
-    asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+    wait_for_copies<0>();
     __syncthreads();  // the stages become masses
 #pragma unroll 1
     for (int unit = 0; unit < warp_units(); ++unit) {
@@ -150,11 +122,6 @@ class GridCta {
   }
 
  private:
-  static constexpr uint32_t kWarp = 0xffffffffu;
-
-  __device__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
-  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-
   // Of the sequence, or of all batch elements.
   __device__ const GridExtent& extent() const {
     if constexpr (Shape::kRagged) {
@@ -165,7 +132,7 @@ class GridCta {
   }
 
   __device__ int warp_units() const { return Shape::kWarpRows >> row_shift_; }
-  __device__ int warp_first_unit() const { return first_unit_ + warp() * warp_units(); }
+  __device__ int warp_first_unit() const { return first_unit_ + warp_index() * warp_units(); }
 
   // Key cells that hold a token which some query of the cell may see.
   __device__ int visible_cells(int q_cell) const {
@@ -224,16 +191,17 @@ class GridCta {
       for (int i = 0; i < kTileCells / kCellsAtOnce; ++i) {
         const int cell = i * kCellsAtOnce + first;
         const int place = tile * kTileCells + min(cell, last_cell);
-        copy_ahead<16>(&target.cells[cell * Shape::kChunks + (chunk ^ swizzle(cell))],
-                       head + place * Shape::kChunks);
+        copy_async<16>(
+            shared_address(&target.cells[cell * Shape::kChunks + (chunk ^ swizzle(cell))]),
+            head + place * Shape::kChunks);
       }
       if (threadIdx.x < kTileCells) {
         const int cell = static_cast<int>(threadIdx.x);
-        copy_ahead<4>(&target.factors[cell],
+        copy_async<4>(shared_address(&target.factors[cell]),
                       key_factors_ + tile * kTileCells + min(cell, last_cell));
       }
     }
-    asm volatile("cp.async.commit_group;\n" ::: "memory");
+    group_copies();
   }
 
   // The 8 cells that one matrix load reads get different values: different banks.
@@ -242,7 +210,7 @@ class GridCta {
   // Leaves logits in the scratch, and what is shared of the warp's rows.
   __device__ void score(int tiles) {
     constexpr int kRowTiles = Shape::kRowTiles;
-    const int base_row = warp() * Shape::kWarpRows + lane() / 4;
+    const int base_row = warp_index() * Shape::kWarpRows + lane_index() / 4;
     uint4 queries[kRowTiles][Shape::kSteps];
     RunningRow rows[2 * kRowTiles];  // lane / 4 + 8 i of the warp
     load_rows(base_row, queries);
@@ -257,7 +225,7 @@ class GridCta {
     int stage = 0;
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
-      asm volatile("cp.async.wait_group %0;\n" ::"n"(Shape::kStages - 2) : "memory");
+      wait_for_copies<Shape::kStages - 2>();
       __syncthreads();
       const int refill = stage == 0 ? Shape::kStages - 1 : stage - 1;
       copy_tile(refill, tile + Shape::kStages - 1, tiles);
@@ -276,7 +244,7 @@ class GridCta {
 #pragma unroll
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       const float total = log_total(rows[i], shared_.factors[base_row + 8 * i]);
-      if (lane() % 4 == 0) {
+      if (lane_index() % 4 == 0) {
         shared_.log_total[base_row + 8 * i] = total;
       }
     }
@@ -291,12 +259,12 @@ class GridCta {
       int visible = 0;
       // What is read for a row that does not exist is not used.
       const int64_t place = max(find_row(base_row + 8 * i, visible), int64_t{0});
-      if (lane() % 4 == 0) {
+      if (lane_index() % 4 == 0) {
         shared_.visible[base_row + 8 * i] = visible;
         shared_.factors[base_row + 8 * i] = workspace_.q.factors[place];
       }
       sources[i] = static_cast<const uint32_t*>(workspace_.q.vectors) +
-                   place * (4 * Shape::kChunks) + lane() % 4;
+                   place * (4 * Shape::kChunks) + lane_index() % 4;
     }
     __syncwarp();
 #pragma unroll
@@ -315,9 +283,9 @@ class GridCta {
   __device__ static void multiply(const uint4* cells, const uint4 (&queries)[kRowTiles][kSteps],
                                   float (&scores)[kRowTiles][4][4]) {
     // Lane 8 j + c names row c of matrix j: column c of n = 2 pair + j / 2, half j % 2 of a step.
-    const int column = lane() % 8;
-    const int half = lane() / 8 % 2;
-    const int cell = column / 2 * 8 + lane() / 16 * 2 + column % 2;
+    const int column = lane_index() % 8;
+    const int half = lane_index() / 8 % 2;
+    const int cell = column / 2 * 8 + lane_index() / 16 * 2 + column % 2;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int chunk = (2 * step + half) ^ column;  // column is the swizzle of all its cells
@@ -339,11 +307,11 @@ class GridCta {
   __device__ void reduce(int tile, int base_row, const float* cell_factors,
                          const float (&scores)[kRowTiles][4][4],
                          RunningRow (&rows)[2 * kRowTiles]) {
-    const int lane_cell = lane() % 4 * 8;
+    const int lane_cell = lane_index() % 4 * 8;
     const float4 low = *reinterpret_cast<const float4*>(cell_factors + lane_cell);
     const float4 high = *reinterpret_cast<const float4*>(cell_factors + lane_cell + 4);
     const float cell_factor[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    const int first_block = tile * Shape::kTileBlocks + lane() % 4 * Shape::kLaneBlocks;
+    const int first_block = tile * Shape::kTileBlocks + lane_index() % 4 * Shape::kLaneBlocks;
     // A unit's rows side by side: whoever sums over them reads 16 or 32 bytes.
     float* logits =
         scratch_ +
@@ -404,12 +372,12 @@ class GridCta {
     float largest = own;
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(kWarp, largest, offset));
+      largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, offset));
     }
     float sum = exp2_approximate(own - largest);
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
-      sum += __shfl_xor_sync(kWarp, sum, offset);
+      sum += __shfl_xor_sync(kAllLanes, sum, offset);
     }
     return largest + log2_approximate(sum);
   }
@@ -429,7 +397,7 @@ class GridCta {
         reinterpret_cast<const float4*>(scratch_ + first_row * workspace_.row_blocks);
 #pragma unroll 1
     for (int first = 0; first < visible; first += kSweepBlocks) {
-      const int block = first + lane();
+      const int block = first + lane_index();
       // The loads of several blocks at once: they come from L2, or from behind it.
       float4 x[kSweepBlocks / 32][kBlockRows / 4];
 #pragma unroll
@@ -459,7 +427,7 @@ class GridCta {
   }
 
   __device__ void select_unit(int unit_of_warp) {
-    const SelectBlocksParams& select = params_.select;
+    const SelectParams& select = params_.select;
     const int unit = warp_first_unit() + unit_of_warp;
     const int q_block = unit / group_;
     RowRange range;
@@ -468,12 +436,15 @@ class GridCta {
     } else {
       range = row_range(select, q_block);
     }
-    const int first_row = warp() * Shape::kWarpRows + unit_of_warp * block_rows_;
-    float* masses = workspace_.row_blocks <= Shape::kSharedMasses
-                        ? reinterpret_cast<float*>(shared_.stages) + warp() * Shape::kSharedMasses
-                        : scratch_ + (kCtaRows + warp()) * workspace_.row_blocks;
-    bool keep_all = select.top_p >= 1.0;
-    MassCut cut = {INFINITY, 0};
+    const int first_row = warp_index() * Shape::kWarpRows + unit_of_warp * block_rows_;
+    float* masses =
+        workspace_.row_blocks <= Shape::kSharedMasses
+            ? reinterpret_cast<float*>(shared_.stages) + warp_index() * Shape::kSharedMasses
+            : scratch_ + (kCtaRows + warp_index()) * workspace_.row_blocks;
+    const int head = static_cast<int>(static_cast<uint32_t>(q_head(unit)) %
+                                      static_cast<uint32_t>(select.q_heads));
+    bool keep_all = select.rules.top_p_of(head) >= 1.0;
+    Cut cut = {INFINITY, 0};
     if (range.visible > 0 && !keep_all) {
       if (block_rows_ == 8) {
         write_masses<8>(first_row, range.visible, masses);
@@ -483,7 +454,7 @@ class GridCta {
       const MassRow row(masses, range.visible);
       keep_all = !row.finite();
       if (!keep_all) {
-        cut = row.cut(KeepRules(select));
+        cut = find_cut(row, RowRules(select.rules, head));
       }
     }
     write_row((q_head(unit) * select.q_blocks + q_block), range, keep_all, cut, masses);
@@ -491,7 +462,7 @@ class GridCta {
   }
 
   // A lane a word.
-  __device__ void write_row(int64_t place, RowRange range, bool keep_all, MassCut cut,
+  __device__ void write_row(int64_t place, RowRange range, bool keep_all, Cut cut,
                             const float* masses) const {
     const int words = static_cast<int>((params_.select.k_blocks + 31) / 32);
     uint32_t* bits = params_.select.bits + place * words;
@@ -499,15 +470,15 @@ class GridCta {
     uint32_t count = 0;
 #pragma unroll 1
     for (int first = 0; first < words; first += 32) {
-      const int word = first + lane();
+      const int word = first + lane_index();
       uint32_t kept = keep_all ? range_bits(word, 0, range.visible) : 0u;
-      if (!keep_all && cut.mass < INFINITY) {
+      if (!keep_all && cut.weight < INFINITY) {
         const int end = min(first + 32, (range.visible + 31) / 32);
 #pragma unroll 1
         for (int i = first; i < end; ++i) {
-          const float mass = masses[i * 32 + lane()];
-          uint32_t ballot = __ballot_sync(kWarp, mass > cut.mass);
-          uint32_t ties = __ballot_sync(kWarp, mass == cut.mass);
+          const float mass = masses[i * 32 + lane_index()];
+          uint32_t ballot = __ballot_sync(kAllLanes, mass > cut.weight);
+          uint32_t ties = __ballot_sync(kAllLanes, mass == cut.weight);
           if (static_cast<uint32_t>(__popc(ties)) > ties_left) {
             uint32_t rest = ties;
 #pragma unroll 1
@@ -528,13 +499,13 @@ class GridCta {
         count += static_cast<uint32_t>(__popc(kept));
       }
     }
-    count = __reduce_add_sync(kWarp, count);
-    if (lane() == 0) {
+    count = __reduce_add_sync(kAllLanes, count);
+    if (lane_index() == 0) {
       params_.select.counts[place] = static_cast<int32_t>(count);
     }
   }
 
-  const EstimateGridParams& params_;
+  const GridParams& params_;
   Storage& shared_;
   GridWorkspace workspace_;
   float* scratch_;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels/common/carver.h"
 #include "kernels/params.h"
 
 namespace prism {
@@ -25,7 +26,7 @@ __host__ __device__ inline int64_t first_packed_cell(int64_t start, int64_t sequ
 
 // Cells of keys that there is room for in a head of a ragged batch. In pages, sequences have equal
 // room.
-__host__ __device__ inline int64_t ragged_key_cells(const SelectBlocksParams& select) {
+__host__ __device__ inline int64_t ragged_key_cells(const SelectParams& select) {
   return select.ragged.is_paged() ? select.batch * cells_of(select.k_len)
                                   : first_packed_cell(select.ragged.total_k, select.batch);
 }
@@ -40,24 +41,19 @@ struct GridWorkspace {
   int* tile_counter;   // of a ragged batch: the next tile that a CTA draws; pooling sets it to 0
   float* scratch;      // (ctas, cta_floats())
   int64_t row_blocks;  // key blocks of a row, padded
-  int64_t total_bytes;
+  int64_t bytes;
 
   // `ragged` is what params.select.ragged says, known to kernels when they are compiled.
-  __host__ __device__ GridWorkspace(const EstimateGridParams& params, int64_t ctas, bool ragged) {
-    const SelectBlocksParams& select = params.select;
+  __host__ __device__ GridWorkspace(const GridParams& params, int64_t ctas, bool ragged) {
+    const SelectParams& select = params.select;
     row_blocks = (select.k_blocks + kSweepBlocks - 1) / kSweepBlocks * kSweepBlocks;
-    char* next = static_cast<char*>(select.workspace);
-    const auto take = [&](int64_t bytes) {
-      char* begin = next;
-      next += (bytes + 127) / 128 * 128;
-      return begin;
-    };
+    Carver parts(select.workspace);
     const int64_t batch = ragged ? 1 : select.batch;
     const auto take_cells = [&](int64_t heads, int64_t cells) {
       const int64_t width = 2 * estimation_width(select.head_dim);
       CellStats stats;
-      stats.vectors = take(batch * heads * cells * width * 2);
-      stats.factors = reinterpret_cast<float*>(take(batch * heads * cells * 4));
+      stats.vectors = parts.take<uint16_t>(batch * heads * cells * width);
+      stats.factors = parts.take<float>(batch * heads * cells);
       stats.vector_batch_stride = heads * cells * width;
       stats.vector_head_stride = cells * width;
       stats.factor_batch_stride = heads * cells;
@@ -70,9 +66,9 @@ struct GridWorkspace {
             ? params.k_cells
             : take_cells(select.kv_heads,
                          ragged ? ragged_key_cells(select) : cells_of(select.k_len));
-    tile_counter = ragged ? reinterpret_cast<int*>(take(4)) : nullptr;
-    scratch = reinterpret_cast<float*>(take(ctas * cta_floats() * 4));
-    total_bytes = next - static_cast<char*>(select.workspace);
+    tile_counter = ragged ? parts.take<int>(1) : nullptr;
+    scratch = parts.take<float>(ctas * cta_floats());
+    bytes = parts.bytes();
   }
 
   // Base 2 logits (units, row_blocks, rows of a unit), then masses (kGridWarps, row_blocks).

@@ -1,20 +1,13 @@
 // fp8 rows on their way into a 16-bit tile of shared memory.
 #pragma once
 
-#include <cute/arch/util.hpp>
-
 #include <algorithm>
 #include <cstdint>
 
 #include "kernels/attention/fp8.cuh"
+#include "kernels/common/ptx.cuh"
 
 namespace prism::sm80 {
-
-// Until all but the latest kPending groups of copies have arrived, for the thread that made them.
-template <int kPending>
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // A thread's share of a tile: the 16-byte chunks threadIdx.x + i * kThreads, counted along rows.
 // They are staged in places that no other thread reads or writes: no barrier is needed between the
@@ -39,10 +32,8 @@ struct Fp8Rows {
         const uint8_t* address;
         const bool exists = rows.find(chunk / kRowChunks, address);
         const int bytes = exists ? min(max(columns - column, 0), kChunk) : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                         cute::cast_smem_ptr_to_uint(staging + chunk)),
-                     "l"(bytes > 0 ? address + column : address), "r"(bytes)
-                     : "memory");
+        copy_async_or_zeros(shared_address(staging + chunk), bytes > 0 ? address + column : address,
+                            bytes);
       }
     } else {
 #pragma unroll 1

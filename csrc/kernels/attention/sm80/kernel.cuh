@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <type_traits>
 
 #include "kernels/attention/block_iterator.h"
 #include "kernels/attention/dispatch.h"
@@ -14,6 +15,8 @@
 #include "kernels/attention/sm80/kernel.h"
 #include "kernels/attention/softmax.cuh"
 #include "kernels/attention/tile_finder.cuh"
+#include "kernels/common/batch.cuh"
+#include "kernels/common/ptx.cuh"
 #include "kernels/describe.h"
 
 namespace prism::sm80 {
@@ -37,28 +40,19 @@ struct StridedRows {
   }
 };
 
-// Rows that lie in the pages of one sequence. A row in no page of the pool does not exist.
+// Rows that lie in the pages of one sequence.
 template <typename Element>
 struct PagedRows {
-  const Element* pool;
-  const TensorView& view;
-  const RaggedBatch& ragged;
-  const int32_t* pages;  // of the sequence
+  const Element* pool;  // of the head
+  PagedTokens tokens;
   int first_key;
   int valid;
 
   __device__ bool find(int row, const Element*& address) const {
-    address = pool;
-    if (row >= valid) {
-      return false;
-    }
-    const int key = first_key + row;
-    const int32_t page = __ldg(pages + (key >> ragged.page_shift));
-    if (static_cast<uint32_t>(page) >= static_cast<uint32_t>(ragged.pages)) {
-      return false;
-    }
-    address += page * view.batch_stride + (key & (ragged.page_size() - 1)) * view.row_stride;
-    return true;
+    address = row < valid ? tokens.find(pool, first_key + row) : nullptr;
+    const bool exists = address != nullptr;
+    address = exists ? address : pool;
+    return exists;
   }
 };
 
@@ -172,9 +166,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)
     const int first_key = n * kTileN;
     const int valid = sequence.k_len - first_key;
     if (ragged.is_paged()) {
-      const int32_t* pages = ragged.block_table + sequence.batch * ragged.table_stride;
-      KeyCopy::load(PagedRows<ElementKV>{base, x, ragged, pages, first_key, valid}, params.head_dim,
-                    aligned, target);
+      const PagedTokens tokens(x, ragged, sequence.batch);
+      KeyCopy::load(PagedRows<ElementKV>{base, tokens, first_key, valid}, params.head_dim, aligned,
+                    target);
     } else {
       KeyCopy::load(StridedRows<ElementKV>{base + first_key * x.row_stride, x.row_stride, valid},
                     params.head_dim, aligned, target);

@@ -28,7 +28,6 @@ NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
     "-DNDEBUG",
-    "-lineinfo",
     "--expt-relaxed-constexpr",
     "--expt-extended-lambda",
     "--compiler-options=-Wall",
@@ -48,7 +47,8 @@ def sources(folder: str, suffix: str) -> list[str]:
 def extensions(with_cuda: bool) -> list[Extension]:
     ops = Extension(
         "prism_cuda._C",
-        sources("csrc/torch", ".cpp") + (sources("csrc/kernels", ".cu") if with_cuda else []),
+        # ninja starts them in this order: kernels take minutes, the rest fills the gaps at the end
+        (sources("csrc/kernels", ".cu") if with_cuda else []) + sources("csrc/torch", ".cpp"),
         include_dirs=[INCLUDE_ROOT],
         library_dirs=cpp_extension.library_paths(),
         extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": list(NVCC_FLAGS)},
@@ -101,7 +101,8 @@ class BuildOps(cpp_extension.BuildExtension):
 
         threads = os.environ.get("NVCC_THREADS", "1")
         ops.extra_compile_args["nvcc"] += [
-            *find_cuda.gencode_flags(archs), f"--threads={threads}", f"-I{cutlass}"
+            *find_cuda.gencode_flags(archs), *find_cuda.size_flags(version),
+            f"--threads={threads}", f"-I{cutlass}",
         ]  # fmt: skip
         ops.extra_compile_args["cxx"] += ["-DUSE_CUDA", "-DPRISM_WITH_CUDA"]
         for extension in self.extensions:

@@ -1,8 +1,9 @@
-"""Command line: ``python -m prism_cuda info`` and ``python -m prism_cuda demo``."""
+"""Command line: ``python -m prism_cuda`` with ``info``, ``doctor`` or ``demo``."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -37,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="versions, compiled archs, device, kernels dispatched")
     info.set_defaults(run=_info)
 
+    doctor = commands.add_parser("doctor", help="what is wrong on this machine, and what mends it")
+    doctor.add_argument("--json", action="store_true", help="for programs")
+    doctor.set_defaults(run=_doctor)
+
     demo = commands.add_parser("demo", help="one real model with dense attention and with prism")
     demo.add_argument("--model", type=Path, help="Hugging Face model folder (examples/testbed)")
     demo.add_argument("--tokens", type=int, default=DEMO_TOKENS, help="tokens to prefill")
@@ -54,6 +59,22 @@ def _demo(args: argparse.Namespace) -> int:
     config = prism_cuda.PrismConfig(estimator=args.estimator, top_p=args.top_p)
     demo.run(args.model or demo.default_model(), args.tokens, config, args.layer, args.output)
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Exit status 0 where nothing is to be mended."""
+    from prism_cuda import doctor
+
+    findings = list(doctor.examine())
+    if args.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        print_table("prism_cuda doctor", ("what", "found"), [(f.what, f.value) for f in findings])
+        problems = [finding for finding in findings if finding.mend]
+        for problem in problems:
+            print(f"\n{problem.what}: {problem.mend}")
+        print("\nall is well" if not problems else f"\n{len(problems)} to mend")
+    return 1 if any(finding.mend for finding in findings) else 0
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import prism_cuda
-from third_party import find_cuda, find_cutlass
-from tools import ptxas_report
+from third_party import find_cuda, find_cutlass, get_cuda
+from tools import build_settings, check_includes, ptxas_report
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = ROOT / "prism_cuda" / "_C.abi3.so"
+SETTINGS = ("PRISM_CPU_ONLY", "PRISM_CUDA_ARCHS")
+LIBRARY = Path(prism_cuda.__file__).with_name("_C.abi3.so")
 
 
 def build_config() -> dict:
@@ -81,6 +82,95 @@ def test_cpu_only_refuses_other_values(monkeypatch):
     monkeypatch.setenv("PRISM_CPU_ONLY", "yes")
     with pytest.raises(find_cuda.CudaError, match="'yes'"):
         find_cuda.cpu_only()
+
+
+def test_missing_nvcc_says_every_way_to_have_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    if Path("/usr/local/cuda/bin/nvcc").is_file():
+        pytest.skip("this machine has a toolkit where none can be hidden")
+    with pytest.raises(find_cuda.CudaError) as caught:
+        find_cuda.find_nvcc()
+    for way in ("CUDA_HOME", "get_cuda.py", "PRISM_CPU_ONLY=1"):
+        assert way in str(caught.value)
+
+
+def test_packages_of_the_toolkit_are_of_one_release():
+    versions = {package.partition("==")[2].rpartition(".")[0] for package in get_cuda.PACKAGES}
+    assert versions == {"13.0"}
+
+
+def fake_nvidia_smi(monkeypatch, folder: Path, answer: str) -> None:
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("answer", "archs"),
+    [
+        ("9.0\\n9.0\\n", ["90a"]),
+        ("8.6\\n8.0\\n", ["80", "86"]),
+        ("12.0\\n", ["120"]),
+        ("7.5\\n", []),
+        ("", []),
+    ],
+)
+def test_gpu_archs(monkeypatch, tmp_path, answer, archs):
+    fake_nvidia_smi(monkeypatch, tmp_path, answer)
+    assert find_cuda.gpu_archs() == archs
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wish", "expected"),
+    [
+        ("", {}, {"PRISM_CPU_ONLY": "1"}),
+        ("9.0", {}, {"PRISM_CUDA_ARCHS": "90a"}),
+        ("9.0", {"CUDA": "1"}, {"PRISM_CUDA_ARCHS": find_cuda.DEFAULT_ARCHS}),
+        ("", {"CUDA": "1"}, {"PRISM_CUDA_ARCHS": find_cuda.DEFAULT_ARCHS}),
+        ("", {"PRISM_CUDA_ARCHS": "80"}, {"PRISM_CUDA_ARCHS": "80"}),
+        ("9.0", {"PRISM_CPU_ONLY": "1"}, {"PRISM_CPU_ONLY": "1"}),
+    ],
+)
+def test_what_make_compiles(monkeypatch, tmp_path, capsys, gpu, wish, expected):
+    for name in ("CUDA", "CUDA_HOME", "CUTLASS_PATH", "PRISM_LINEINFO", *SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    fake_nvidia_smi(monkeypatch, tmp_path, gpu)
+    for name, value in wish.items():
+        monkeypatch.setenv(name, value)
+    assert build_settings.settings() == expected
+    said = capsys.readouterr().err
+    assert ("make test CUDA=1" in said) == (not gpu and not wish)
+
+
+@pytest.mark.parametrize(("value", "flags"), [("", []), ("0", []), ("1", ["-lineinfo"])])
+def test_line_info_is_for_profilers(monkeypatch, value, flags):
+    monkeypatch.setenv("PRISM_LINEINFO", value)
+    assert find_cuda.size_flags("12.9") == flags
+    assert find_cuda.size_flags("13.0") == [*flags, "--compress-mode=size"]
+
+
+def test_an_include_that_is_missing_is_found(tmp_path):
+    """gcc 12's headers bring <cstdint>, gcc 13's do not: no compiler here shows that it is gone."""
+    header = (ROOT / "csrc/kernels/params.h").read_text()
+    complete, broken = tmp_path / "complete.h", tmp_path / "broken.h"
+    complete.write_text(header)
+    broken.write_text(header.replace("#include <cstdint>\n", ""))
+    assert check_includes.missing(complete) == []
+    assert check_includes.missing(broken) == ["cstdint"]
+
+
+def test_the_matrix_has_the_versions_that_pyproject_names():
+    table = re.search(r"TABLE='(.*?)'", (ROOT / "tools/matrix.sh").read_text(), re.DOTALL)[1]
+    versions = {name: pair for name, *pair in map(str.split, table.splitlines())}
+    text = (ROOT / "pyproject.toml").read_text()
+    oldest = [re.search(rf'"{package}>=([\d.]+)', text)[1] for package in ("torch", "transformers")]
+    assert [version.removesuffix(".0") for version in versions["oldest"]] == oldest
+    assert list(versions)[0] == "oldest"
+    assert list(versions)[-1] == "newest"
 
 
 def test_toolkit_without_nvcc(monkeypatch, tmp_path):

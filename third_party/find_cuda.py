@@ -1,7 +1,8 @@
 """Find the CUDA toolkit and say which GPU architectures to compile for.
 
 As a program: `find_cuda.py nvcc` prints the compiler's path, `find_cuda.py archs` the
-architectures, `find_cuda.py gencode` the nvcc flags for them, each as a CMake list.
+architectures, `find_cuda.py gencode` the nvcc flags for them and `find_cuda.py size` those about
+the library's size, each as a CMake list.
 """
 
 from __future__ import annotations
@@ -30,8 +31,13 @@ def cpu_only() -> bool:
     return value == "1"
 
 
+def packaged_toolkit(folder: Path) -> Path:
+    """Return the toolkit's root among PyPI's CUDA 13 packages installed into `folder`."""
+    return folder / "nvidia" / "cu13"
+
+
 def find_nvcc() -> Path:
-    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH or /usr/local/cuda, in this order."""
+    """Return nvcc of $CUDA_HOME, $CUDA_PATH, $PATH, /usr/local/cuda or get_cuda.py."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             nvcc = Path(home) / "bin" / "nvcc"
@@ -42,14 +48,18 @@ def find_nvcc() -> Path:
                 )
             return nvcc
     on_path = shutil.which("nvcc")
-    nvcc = Path(on_path) if on_path else Path("/usr/local/cuda/bin/nvcc")
-    if not nvcc.is_file():
-        raise CudaError(
-            "no nvcc was found: install the CUDA toolkit "
-            f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME, or set "
-            "PRISM_CPU_ONLY=1 to build without CUDA"
-        )
-    return nvcc
+    candidates = [Path(on_path)] if on_path else []
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    candidates.append(packaged_toolkit(Path(sys.prefix) / "cuda") / "bin" / "nvcc")
+    for nvcc in candidates:
+        if nvcc.is_file():
+            return nvcc
+    raise CudaError(
+        "no nvcc was found: install the CUDA toolkit "
+        f"({MINIMUM_NVCC[0]}.{MINIMUM_NVCC[1]} or newer) and set CUDA_HOME; or run "
+        f"`{sys.executable} third_party/get_cuda.py`, which takes CUDA 13.0's compiler from PyPI "
+        "(270 MB); or set PRISM_CPU_ONLY=1 to build without CUDA"
+    )
 
 
 def check_nvcc(nvcc: Path) -> str:
@@ -104,6 +114,19 @@ def wanted_archs() -> list[str]:
     return parse_archs(os.environ.get("PRISM_CUDA_ARCHS", DEFAULT_ARCHS))
 
 
+def gpu_archs() -> list[str]:
+    """Return the architectures of this machine's GPUs that kernels can run on, oldest first."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []  # no driver, or one without a GPU
+    found = {int(major) * 10 + int(minor) for major, minor in re.findall(r"(\d+)\.(\d)", text)}
+    return [
+        f"{arch}a" if arch == 90 else str(arch) for arch in sorted(found) if arch >= MINIMUM_ARCH
+    ]
+
+
 def gencode_flags(archs: list[str]) -> list[str]:
     """Return nvcc's flags: machine code for every entry, PTX as well for those with +PTX."""
     flags = []
@@ -116,6 +139,22 @@ def gencode_flags(archs: list[str]) -> list[str]:
     return flags
 
 
+def line_info() -> bool:
+    """Whether $PRISM_LINEINFO asks for source lines in the kernels, for profilers."""
+    value = os.environ.get("PRISM_LINEINFO", "")
+    if value not in ("", "0", "1"):
+        raise CudaError(f"PRISM_LINEINFO is {value!r}; allowed are 1, 0 and nothing")
+    return value == "1"
+
+
+def size_flags(nvcc_version: str) -> list[str]:
+    """Return nvcc's flags about the size of what it makes: source lines and compression."""
+    flags = ["-lineinfo"] if line_info() else []
+    if tuple(map(int, nvcc_version.split("."))) >= (13, 0):  # older drivers cannot read it
+        flags.append("--compress-mode=size")
+    return flags
+
+
 def _main(what: str) -> str:
     if what == "nvcc":
         nvcc = find_nvcc()
@@ -125,7 +164,9 @@ def _main(what: str) -> str:
         return ";".join(wanted_archs())
     if what == "gencode":
         return ";".join(gencode_flags(wanted_archs()))
-    raise CudaError(f"unknown request {what!r}; allowed are nvcc, archs, gencode")
+    if what == "size":
+        return ";".join(size_flags(check_nvcc(find_nvcc())))
+    raise CudaError(f"unknown request {what!r}; allowed are nvcc, archs, gencode, size")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <exception>
 #include <optional>

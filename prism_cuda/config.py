@@ -198,8 +198,11 @@ class PrismConfig:
     def block_sizes(self) -> tuple[int, int]:
         """(q_block_size, k_block_size)."""
         if isinstance(self.block_size, int):
-            return self.block_size, self.block_size
-        return cast(Any, self.block_size)
+            q_size = k_size = self.block_size
+        else:
+            q_size, k_size = cast(Any, self.block_size)
+        # Compilers may hold the numbers of a config that they are handed for symbols.
+        return operator.index(q_size), operator.index(k_size)
 
     def for_layer(self, layer: int | None) -> PrismConfig:
         """The settings of one layer of a model; of a call without a layer if None."""

@@ -144,7 +144,8 @@ def why_dense(size: Size, config: PrismConfig) -> str | None:
     if size == "few queries":
         return f"q_len is less than one block of {config.block_sizes[0]}"
     if size == "few keys":
-        return f"k_len is below dense_below {config.dense_below}"
+        # A compiler may hold it for a symbol, of which no text can be made.
+        return f"k_len is below dense_below {operator.index(config.dense_below)}"
     return None
 
 

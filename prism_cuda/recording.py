@@ -118,7 +118,9 @@ def record(
 def listening() -> list[Recording]:
     """The open blocks that get the calls of this thread."""
     own = (None, threading.get_ident())
-    return [recording for recording in active if recording.thread in own]
+    # Of a copy: while another thread closes its block, a walk along the list itself would step
+    # over the block behind that.
+    return [recording for recording in list(active) if recording.thread in own]
 
 
 def note(recordings: list[Recording], call: CallRecord) -> None:

@@ -192,3 +192,18 @@ def test_an_exported_model_equals_eager_at_another_length(name: str) -> None:
     ids = prompt(333)
     torch.testing.assert_close(program.module()(ids), model(ids), atol=1e-5, rtol=1e-4)
     assert called(program.graph_module) == OPS
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_config_may_be_an_argument(name: str) -> None:
+    """Its numbers are symbols then, from the start or once another config came."""
+
+    def prefill(q: Any, k: Any, v: Any, config: PrismConfig) -> Any:
+        return prism_cuda.prefill(q, k, v, config=config)
+
+    for dynamic in (True, None):
+        torch._dynamo.reset()
+        compiled = torch.compile(prefill, backend="eager", fullgraph=True, dynamic=dynamic)
+        for config in (SETTINGS[name], PrismConfig(top_p=0.9), PrismConfig(block_size=128)):
+            inputs = qkv(200)
+            torch.testing.assert_close(compiled(*inputs, config), prefill(*inputs, config))

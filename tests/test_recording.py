@@ -57,6 +57,22 @@ def test_blocks_of_threads_overlap() -> None:
     assert not recording.active
 
 
+def test_a_block_that_closes_during_a_call_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    active: list = []
+
+    class Closing:
+        """Closes, as in another thread, when the call asks for its thread."""
+
+        @property
+        def thread(self) -> None:
+            active.remove(self)
+
+    still_open = recording.Recording()
+    active += [Closing(), still_open]
+    monkeypatch.setattr(recording, "active", active)
+    assert still_open in recording.listening()
+
+
 def test_every_open_block_gets_a_call_with_what_it_asked_for() -> None:
     with prism_cuda.record(masks=True) as outer:
         prefill(70)

@@ -141,3 +141,14 @@ def test_settings_without_ragged_kernels_are_answered_alike_at_any_length(dense_
     prism_cuda.register_estimator("of_tensors", lambda *_, **__: pytest.fail("called"))
     with pytest.raises(ValueError, match="estimator is 'of_tensors'.*ragged batch"):
         call(64, torch.bfloat16, "of_tensors")
+
+
+def test_a_sequence_of_less_than_no_keys_is_not_recorded() -> None:
+    q, k, v = torch.randn(3, 200, 2, 64).bfloat16()
+    ends = torch.tensor([0, 100, 200], dtype=torch.int32)
+    with prism_cuda.record() as recording:
+        prism_cuda.prefill_varlen(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=100, max_seqlen_k=100,
+            seqused_k=torch.tensor([-5, 100], dtype=torch.int32),
+        )  # fmt: skip
+    assert [(call.q_len, call.k_len) for call in recording.calls] == [(100, 100)]

@@ -341,7 +341,7 @@ def prefill_varlen(
             :func:`sparse_attention_varlen`.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's queries and keys. On CUDA
             max_seqlen_k is at most 16,384 blocks. The mask's memory grows with their product.
-        config: settings.
+        config: settings; heads that its estimator has no kernels for keep every block.
         scale: softmax scale; D ** -0.5 if None.
         causal: row i of a sequence sees keys up to i + (k_len - q_len).
         sinks, softcap: as for :func:`prism_cuda.prefill`.
@@ -360,14 +360,15 @@ def prefill_varlen(
     Raises:
         ImportError: if the ops library is not built.
         RuntimeError: if the tensors do not fit each other, as for :func:`sparse_attention_varlen`.
-        ValueError: if the config's settings of heads do not fit their number.
+        ValueError: if the config's settings of heads do not fit them, or its estimator does not
+            take float8 keys ("grid") or ragged batches (one of register_estimator).
     """
     config = as_config("prefill_varlen", config)
     options = score_options(sinks, softcap, window_left)
     batch = Batch(cu_seqlens_q, cu_seqlens_k, seqused_k, block_table, max_seqlen_q, max_seqlen_k)
     q, k, v = computed(q, k, v)
     _check_dims("prefill_varlen", q, k, v)
-    check_settings(config, q.shape[1], q.shape[2], k.dtype == FP8)
+    check_settings(config, q.shape[1], q.shape[2], k.dtype == FP8, True)
     chosen = plan(q, k, v, config, options, batch=batch)
     out, lse, bits, counts = run(
         chosen, q, k, v, config, options, scale=scale, causal=causal, batch=batch, k_scale=k_scale,

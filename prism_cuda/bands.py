@@ -32,6 +32,8 @@ LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 # A pair attenuated by less than 5 % takes part in the low band at full strength.
 RECOVERED = 0.95
 
+MAX_RANGES = 8  # of a band, as the ops take them
+
 
 @dataclass(frozen=True)
 class Bands:
@@ -130,6 +132,32 @@ def from_dims(high: int, low: int, head_dim: int, layout: Layout = "half") -> Ba
     if high == low == 0:
         raise ValueError("bands: high and low are both 0; at least one band needs dimensions")
     return from_pairs(high // 2, low // 2, head_dim // 2, head_dim, layout)
+
+
+def checked(bands: Bands, head_dim: int) -> Bands:
+    """``bands``, if the ops take them for heads of ``head_dim`` dimensions.
+
+    Raises:
+        ValueError: unless the ranges of each band are sorted, disjoint, not empty, within the head
+            and at most MAX_RANGES, and one band has any.
+    """
+    for name, ranges in (("high_ranges", bands.high_ranges), ("low_ranges", bands.low_ranges)):
+        starts, ends = ranges[::2], ranges[1::2]
+        right = len(starts) == len(ends) <= MAX_RANGES
+        previous = 0
+        for start, end in zip(starts, ends, strict=False):
+            right = right and previous <= start < end <= head_dim
+            previous = end
+        if not right:
+            raise ValueError(
+                f"bands: {name} is {ranges}; expected at most {MAX_RANGES} sorted, disjoint, "
+                f"non-empty ranges within [0, {head_dim})"
+            )
+    if not bands.high_ranges and not bands.low_ranges:
+        raise ValueError(
+            "bands: high_ranges and low_ranges are both empty; at least one band needs dimensions"
+        )
+    return bands
 
 
 def from_pairs(

@@ -39,7 +39,7 @@ class Batch:
             k_lens = self.cu_seqlens_k.diff()
             if self.seqused_k is not None:
                 k_lens = torch.minimum(k_lens, self.seqused_k)
-        return q_lens.clamp_max(self.max_seqlen_q), k_lens.clamp_max(self.max_seqlen_k)
+        return q_lens.clamp(0, self.max_seqlen_q), k_lens.clamp(0, self.max_seqlen_k)
 
     def lengths(self) -> tuple[list[int], list[int]]:
         """The same on the host, which waits for the device."""

@@ -72,7 +72,7 @@ class ChunkedPrefill:
         Raises:
             ValueError: for more tokens than there are, or less than 0.
         """
-        if not 0 <= length <= self.length:
+        if isinstance(length, float) or not 0 <= length <= self.length:
             raise ValueError(
                 f"ChunkedPrefill.truncate: length is {length}; expected 0 to {self.length}, the "
                 "tokens so far"
@@ -83,6 +83,8 @@ class ChunkedPrefill:
 
     def append(self, k: torch.Tensor) -> None:
         """Pool new keys (B, Hkv, tokens, D), those from position ``length`` on.
+
+        Under autocast in its dtype, as :meth:`prefill` does.
 
         Raises:
             ValueError: if they do not fit the shapes or max_len, or after a :meth:`truncate` that
@@ -95,7 +97,7 @@ class ChunkedPrefill:
                 f"{self.length // unit * unit} on have to be pooled again; expected a prefill, "
                 f"which has them, or a truncate to a multiple of {unit}"
             )
-        self._append(k, self.length)
+        self._append(plan.computed(k, k, k)[1], self.length)
 
     def _append(self, k: torch.Tensor, start: int) -> None:
         batch, kv_heads, head_dim = self._shape

@@ -173,7 +173,7 @@ class PrismConfig:
         """
         try:
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"PrismConfig.load: {path} is not JSON: {error}") from error
         if not isinstance(settings, dict):
             kind = type(settings).__name__
@@ -280,7 +280,7 @@ class PrismConfig:
     def _resolve_bands(self, choice: BandsChoice, head_dim: int) -> Bands:
         layout = self.rope_layout or "half"
         if isinstance(choice, Bands):
-            return choice
+            return _bands.checked(choice, head_dim)
         if isinstance(choice, tuple):
             high, low = choice
             return _bands.from_dims(high, low, head_dim, layout)
@@ -312,6 +312,13 @@ def _whole(value: Any) -> int:
     if value < 0:
         raise ValueError
     return value
+
+
+def _blocks(value: Any) -> int:
+    """An integer >= 0 that an op takes."""
+    number = _whole(value)
+    _require(number < 1 << 63)
+    return number
 
 
 def _real(value: Any) -> float:
@@ -406,7 +413,7 @@ def _inv_freq(value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
     frequencies = tuple(_real(item) for item in _items(value))
-    _require(len(frequencies) > 0)
+    _require(len(frequencies) > 0 and all(map(math.isfinite, frequencies)))
     return frequencies
 
 
@@ -461,10 +468,10 @@ _FIELDS: dict[str, tuple[Callable[[Any], Any], Callable[[], str]]] = {
         _say("'auto', (high, low) dimensions, a Bands, or one per query head"),
     ),
     "rope_theta": (_rope_theta, _say("None or a number above 1")),
-    "inv_freq": (_inv_freq, _say("None or a non-empty 1-D sequence")),
+    "inv_freq": (_inv_freq, _say("None or a non-empty 1-D sequence of finite numbers")),
     "rope_layout": (_rope_layout, _say(f"None or one of {LAYOUTS}")),
-    "keep_sink": (_whole, _AT_LEAST_0),
-    "keep_recent": (_whole, _AT_LEAST_0),
+    "keep_sink": (_blocks, _say("an integer >= 0 of 64 bits")),
+    "keep_recent": (_blocks, _say("an integer >= 0 of 64 bits")),
     "dense_below": (_whole, _AT_LEAST_0),
     "dense_heads": (_indices, _say("a collection of query head indices >= 0")),
     "dense_layers": (_dense_layers, _say("a number of layers, or layer indices >= 0")),

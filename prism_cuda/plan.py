@@ -12,7 +12,7 @@ import torch
 from prism_cuda import estimators, ops
 from prism_cuda.batch import Batch
 from prism_cuda.config import MAX_HEAD_DIM, PrismConfig
-from prism_cuda.estimators import MAX_ATTENTION_HEAD_DIM
+from prism_cuda.estimators import MAX_ATTENTION_HEAD_DIM, MAX_RULE_HEADS
 from prism_cuda.options import PLAIN, ScoreOptions
 from prism_cuda.recording import Path
 from prism_cuda.remember import remembered
@@ -20,6 +20,10 @@ from prism_cuda.remember import remembered
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
+
+# The kernels multiply a scale by log2(e), to a normal number of float32.
+LEAST_SCALE = torch.finfo(torch.float32).tiny * math.log(2)
+LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2)
 
 SPARSE = "block-sparse"
 WINDOW = "sliding window: every block in it"
@@ -187,7 +191,7 @@ def _decide(
         reason = f"v has head_dim {v_dim}, q has {head_dim}"
     if reason is None:
         reason = why_dense(size, config)
-    if reason is None and size == "long" and not ragged:
+    if reason is None and size == "long":
         reason = why_not_estimated(head_dim, config)
     if reason is not None and by_torch:  # no need of a kernel, and a decode step is frequent
         return Plan("dense", "sdpa", reason)
@@ -259,7 +263,7 @@ def check(
         k_batch, kv_heads, k_len, k_dim = k.shape
         v_batch, v_heads, v_len, _ = v.shape
         right = (
-            q.dtype is k.dtype is v.dtype
+            q.dtype is k.dtype is v.dtype is not FP8
             and batch == k_batch == v_batch
             and kv_heads == v_heads
             and k_len == v_len
@@ -273,10 +277,15 @@ def check(
         right = False
     if not right:
         _explain(function, q, k, v)
-    if scale is not None and not 0 < scale < math.inf:
-        _refuse(function, f"scale is {scale}", "None, or a finite number above 0")
-    if options.window_left is not None and options.window_left < 0:
-        _refuse(function, f"window_left is {options.window_left}", "None, or 0 and more keys")
+    if scale is not None and not LEAST_SCALE <= scale <= LARGEST_SCALE:
+        _refuse(
+            function,
+            f"scale is {scale}",
+            "None, or a finite number above 0, neither under nor over float32's range",
+        )
+    window_left = options.window_left
+    if window_left is not None and (isinstance(window_left, float) or window_left < 0):
+        _refuse(function, f"window_left is {window_left}", "None, or 0 and more keys")
 
 
 def _explain(function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -326,7 +335,9 @@ def _refuse(function: str, found: str, expected: str) -> None:
 
 
 @remembered
-def check_settings(config: PrismConfig, q_heads: int, head_dim: int, fp8_keys: bool) -> None:
+def check_settings(
+    config: PrismConfig, q_heads: int, head_dim: int, fp8_keys: bool, ragged: bool = False
+) -> None:
     """Refuse settings that do not fit the heads, even for a call that makes no use of them.
 
     Raises:
@@ -334,7 +345,22 @@ def check_settings(config: PrismConfig, q_heads: int, head_dim: int, fp8_keys: b
     """
     estimated = why_not_estimated(head_dim, config) is None
     name = config.estimator_of(head_dim, fp8_keys) if estimated else None
+    if name == "grid" and fp8_keys:
+        raise ValueError(
+            "PrismConfig: estimator is 'grid'; expected 'bands' or 'auto' for float8 keys"
+        )
+    if ragged and name is not None and not estimators.get(name).ragged:
+        raise ValueError(
+            f"PrismConfig: estimator is {name!r}, which chooses blocks of (B, H, L, D) tensors "
+            "only; expected 'auto', 'grid' or 'bands' for a ragged batch"
+        )
     estimators.op_arguments(name, config, head_dim, q_heads)
+    many = name in ("grid", "bands") and q_heads > MAX_RULE_HEADS
+    if many and isinstance(config.top_p_of_heads(q_heads), tuple):
+        raise ValueError(
+            f"PrismConfig: top_p differs between {q_heads} query heads; expected one for all "
+            f"of more than {MAX_RULE_HEADS}"
+        )
 
 
 def computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -343,7 +369,8 @@ def computed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
     As before torch's attention; float64 and integers are left alone, and float8 keys, which have
     scales.
     """
-    if not torch.is_autocast_enabled(q.device.type):
+    # Torch knows no autocast of meta tensors, and raises.
+    if q.is_meta or not torch.is_autocast_enabled(q.device.type):
         return q, k, v
     dtype = torch.get_autocast_dtype(q.device.type)
     kept = (torch.float64, FP8)

@@ -99,7 +99,7 @@ def test_appending_needs_the_keys_of_a_unit_that_was_cut(name: str) -> None:
 def test_wrong_lengths_are_refused() -> None:
     chunked = state(BANDS)
     chunked.append(prompt(1)[1][:, :, :300])
-    for length in (-1, 301):
+    for length in (-1, 301, 2.5):
         with pytest.raises(ValueError, match=rf"length is {length}; expected 0 to 300"):
             chunked.truncate(length)
     assert chunked.length == 300
@@ -111,3 +111,6 @@ def test_autocast_pools_what_it_attends_to() -> None:
     want = state(BANDS).prefill(*low)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(state(BANDS).prefill(q, k, v), want)
+        chunked = state(BANDS)
+        chunked.append(k[:, :, :300])
+        assert torch.equal(chunked.prefill(q, k, v), want)

@@ -52,6 +52,9 @@ from prism_cuda.config import PrismConfig
         ("keep_recent", 1.5),
         ("dense_below", -1),
         ("inv_freq", []),
+        ("inv_freq", [float("inf")]),
+        ("keep_sink", 1 << 63),
+        ("keep_recent", 1 << 63),
         ("dense_heads", 3),
         ("dense_heads", (0, -1)),
         ("dense_heads", (0.5,)),
@@ -237,6 +240,9 @@ def test_a_file_of_settings_is_checked(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             PrismConfig.load(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match="prism.json is not JSON"):
+        PrismConfig.load(path)
     path.write_text('{"top_p": 0.9}')
     assert PrismConfig.load(path) == PrismConfig(top_p=0.9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,14 @@ def test_ragged_batches_are_refused(config: PrismConfig) -> None:
             q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=900, max_seqlen_k=900,
             config=config,
         )  # fmt: skip
+
+
+def test_its_use_of_other_settings_is_its_own_affair_at_any_length(config: PrismConfig) -> None:
+    q, k, v = qkv()
+    for dense_below in (0, 1 << 20):
+        own = dataclasses.replace(config, top_p=(0.5, 0.6, 0.7), dense_below=dense_below)
+        for sinks in (None, torch.zeros(4)):  # with which prism's kernel keeps every block
+            prism_cuda.prefill(q, k, v, config=own, sinks=sinks)
 
 
 def test_wrong_results_are_refused(config: PrismConfig) -> None:

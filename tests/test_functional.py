@@ -507,7 +507,10 @@ WRONG: dict[str, Any] = {
     "stride": (lambda q, k, v: (q.mT.contiguous().mT, k, v), {}, "q has last stride 300; expected"),
     "scale": (lambda *x: x, {"scale": -0.1}, "scale is -0.1; expected None, or a finite number"),
     "no_scale": (lambda *x: x, {"scale": 0.0}, "scale is 0.0; expected None"),
+    "tiny_scale": (lambda *x: x, {"scale": 1e-40}, "scale is 1e-40; expected None.*float32's"),
+    "huge_scale": (lambda *x: x, {"scale": 1e39}, "scale is 1e.39; expected None.*float32's"),
     "window": (lambda *x: x, {"window_left": -1}, "window_left is -1; expected None, or 0"),
+    "half_window": (lambda *x: x, {"window_left": 900.5}, "window_left is 900.5; expected None"),
 }
 
 
@@ -529,9 +532,29 @@ def test_settings_that_do_not_fit_the_heads_are_refused_on_both_paths(config):
         ({"dense_heads": (4,)}, "dense_heads names head 4"),
         ({"bands": (64, 96)}, "low is 96"),
         ({"bands": [(16, 32)] * 3}, "bands has 3 entries; expected one for all heads or 4"),
+        ({"bands": Bands((0, 128), (0, 8))}, r"high_ranges is \(0, 128\); expected .* \[0, 64\)"),
+        ({"bands": Bands((0, 8), (8, 4))}, r"low_ranges is \(8, 4\); expected"),
+        ({"bands": Bands((0, 8, 4, 16), ())}, "high_ranges is .*; expected"),
+        ({"bands": Bands((0, 8, 4), ())}, "high_ranges is .*; expected"),
+        ({"bands": Bands((), ())}, "both empty"),
     ):
         with pytest.raises(ValueError, match=message):
             prism_cuda.prefill(*qkv(), config=dataclasses.replace(config, **wrong))
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_no_more_heads_differ_than_the_ops_take_on_either_path(config):
+    tensors = qkv(64, 64, heads=130)
+    config = dataclasses.replace(config, dense_heads=(3,))
+    with pytest.raises(ValueError, match="top_p differs between 130 query heads"):
+        prism_cuda.prefill(*tensors, config=config)
+    prism_cuda.prefill(*tensors, config=dataclasses.replace(config, top_p=1.0))  # none differs
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_meta_tensors_get_meta_results(config):
+    out = prism_cuda.prefill(*(x.to("meta") for x in qkv()), config=config)
+    assert out.is_meta and out.shape == (2, 4, 300, 64)
 
 
 @pytest.mark.parametrize("config", [EXACT, DENSE], ids=["prism", "dense"])
@@ -580,6 +603,8 @@ def test_fp8_keys_are_sent_to_prefill_varlen():
     for call in (prism_cuda.prefill, chunked.prefill):
         with pytest.raises(ValueError, match=r"k has dtype torch.float8_e4m3fn"):
             call(q, k, v)
+        with pytest.raises(ValueError, match=r"q has dtype torch.float8_e4m3fn"):
+            call(q.to(k.dtype), k, v)
     with pytest.raises(ValueError, match=r"select_blocks: k has dtype"):
         prism_cuda.select_blocks(q, k)
 

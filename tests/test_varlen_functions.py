@@ -120,3 +120,35 @@ def test_settings_per_head_are_those_of_each_head_alone(
         assert torch.equal(lse[head], alone[1][head])
     with pytest.raises(ValueError, match=f"bands has 3 entries; expected one .* or {q_heads}, one"):
         run(bands=bands[:3])
+
+
+@pytest.mark.parametrize("dense_below", [0, 1 << 20])
+def test_settings_without_ragged_kernels_are_answered_alike_at_any_length(dense_below: int) -> None:
+    def call(head_dim: int, dtype: torch.dtype, estimator: str) -> torch.Tensor:
+        q = torch.randn(200, 2, head_dim, dtype=torch.bfloat16)
+        k, v = torch.randn(2, 200, 1, head_dim).to(dtype)
+        ends = torch.tensor([0, 200], dtype=torch.int32)
+        config = prism_cuda.PrismConfig(estimator=estimator, top_p=0.1, dense_below=dense_below)
+        return prism_cuda.prefill_varlen(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=200, max_seqlen_k=200,
+            config=config, return_mask=True,
+        )[2]  # fmt: skip
+
+    # As prefill: heads that the grid does not take keep every block that they see.
+    assert call(256, torch.bfloat16, "grid").tolist() == [[[2, 4]] * 2]
+    with pytest.raises(ValueError, match="estimator is 'grid'.*float8 keys"):
+        call(64, torch.float8_e4m3fn, "grid")
+    prism_cuda.register_estimator("of_tensors", lambda *_, **__: pytest.fail("called"))
+    with pytest.raises(ValueError, match="estimator is 'of_tensors'.*ragged batch"):
+        call(64, torch.bfloat16, "of_tensors")
+
+
+def test_a_sequence_of_less_than_no_keys_is_not_recorded() -> None:
+    q, k, v = torch.randn(3, 200, 2, 64).bfloat16()
+    ends = torch.tensor([0, 100, 200], dtype=torch.int32)
+    with prism_cuda.record() as recording:
+        prism_cuda.prefill_varlen(
+            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=100, max_seqlen_k=100,
+            seqused_k=torch.tensor([-5, 100], dtype=torch.int32),
+        )  # fmt: skip
+    assert [(call.q_len, call.k_len) for call in recording.calls] == [(100, 100)]

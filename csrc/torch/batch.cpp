@@ -202,7 +202,9 @@ RaggedBatch make_ragged(const Tensor& q, const Tensor& k, const SequenceArgument
   ragged.seqused_k = int_data(sequences.seqused_k);
   ragged.total_q = static_cast<int>(q.size(0));
   if (const auto& table = sequences.block_table) {
-    ragged.block_table = int_data(table);
+    // A table without entries has no address, and null would say that there are no pages. It is
+    // never read: max_seqlen_k is 0.
+    ragged.block_table = int_data(table->numel() > 0 ? table : sequences.cu_seqlens_q);
     ragged.table_stride = table->size(0) > 1 ? table->stride(0) : table->size(1);
     ragged.pages = static_cast<int>(k.size(0));
     while (ragged.page_size() < k.size(1)) {

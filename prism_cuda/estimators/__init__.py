@@ -10,6 +10,7 @@ from prism_cuda.estimators.grid import Grid
 from prism_cuda.remember import remembered
 
 MAX_ATTENTION_HEAD_DIM = 256  # multiples of 8
+MAX_RULE_HEADS = 128  # that may differ in top_p
 
 # Keeps every block that a row sees and estimates nothing; only prism::prefill knows it.
 ALL = "all"
@@ -62,7 +63,8 @@ def op_arguments(
         ValueError: if config's settings of heads do not fit them.
     """
     if name is None:
-        rules_of(config, ALL, q_heads)  # settings that do not fit the heads are refused here, too
+        if config.estimator in _BUILT_IN:  # what others make of the settings is their own affair
+            rules_of(config, ALL, q_heads)  # refuses those that do not fit the heads here, too
         return (ALL, [], [], [1.0], None, config.keep_sink, config.keep_recent)
     return _estimators[name].op_arguments(config, head_dim, q_heads)
 

@@ -198,6 +198,30 @@ def test_no_sequence_and_no_row(device: str) -> None:
     assert (lse == -math.inf).all()
 
 
+@pytest.mark.parametrize("estimator", ["grid", "bands", "all"])
+def test_a_table_without_pages_has_no_keys(estimator: str, device: str) -> None:
+    """It has no address either, which must not make the batch a packed one."""
+    q = torch.randn(7, 2, 64, dtype=torch.bfloat16, device=device)
+    pool = torch.randn(3, 16, 1, 64, dtype=torch.bfloat16, device=device)
+    out, lse, bits, counts = torch.ops.prism.prefill(
+        q,
+        pool,
+        pool,
+        estimator,
+        [0, 32] if estimator == "bands" else [],
+        [32, 64] if estimator == "bands" else [],
+        [0.5],
+        cu_seqlens_q=torch.tensor([0, 3, 7], dtype=torch.int32, device=device),
+        seqused_k=torch.tensor([5, 0], dtype=torch.int32, device=device),
+        block_table=torch.empty(2, 0, dtype=torch.int32, device=device),
+        max_seqlen_q=4,
+        max_seqlen_k=0,
+        dense_below=1,
+    )
+    assert (out == 0).all() and (lse == -math.inf).all()
+    assert bits.shape == (2, 2, 1, 0) and (counts == 0).all()
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_sinks_of_a_batch_match_float64(device: str, head_dim: int) -> None:
     batch = attention_inputs(

@@ -1,19 +1,32 @@
 #!/bin/bash
-# Compares ways to choose blocks on a real model on one GPU, within given minutes, without network.
+# Compares ways to choose blocks on a real model on one GPU, without network.
 #
-#   bash bench/quality/gpu_screen.sh MODEL PARTS CARRY OUT MINUTES_8K MINUTES_32K [SETTING ...]
+#   bash bench/quality/gpu_screen.sh MODEL PARTS CARRY OUT
 #
 # MODEL: qwen or qwen15. PARTS: folder of its part.00, ... CARRY: folder with get_model.py, lib/gguf
-# and texts/*.txt.gz. OUT: folder for the JSON files.
+# and texts/*.txt.gz. OUT: folder for the JSON files. M1, M2, M3: minutes of the three stages: many
+# settings at 8K, few at 32K, a few at 8K with greedy answers. S1, S2, S3: their settings.
 set -eu
-model=$1 parts=$2 carry=$3 out=$4 minutes_8k=$5 minutes_32k=$6
-shift 6
+model=$1 parts=$2 carry=$3 out=$4
 folder=${MODELS:-/tmp/models}/$model
 here=$(cd "$(dirname "$0")" && pwd)
 if [ ! -e "$folder/model.safetensors" ]; then
   PYTHONPATH=$carry/lib python3 "$carry/get_model.py" "$model" "$folder" --from-parts "$parts"
 fi
 mkdir -p "$out"
-PYTHONUNBUFFERED=1 python3 "$here/real/run.py" --model "$folder" --texts "$carry/texts" \
-  --out "$out/$model.json" --lengths ${LENGTHS:-8192 32768} --minutes "$minutes_8k" "$minutes_32k" \
-  --settings "$@" ${ARGS:-}
+few='grid:.9 grid:.95 xattention:.9 true:.8'
+S1=${S1:-grid:.9 grid:.95 grid_raw:.02 grid_raw:.01 grid_typical:.9 grid_typical:.95 g8_16:.9
+  g8_16_raw:.02 g8_8:.9 g4_4:.9 outliers:.9 cq16_ck4:.9 g4_64:.9 together:.8 xattention:.9
+  antidiagonal:.9 prism:.95 true:.8 true_raw:.05}
+S2=${S2:-grid:.9 grid:.95 xattention:.9 typical_8_16:.9 g8_8:.9 g8_16_raw:.02}
+S3=${S3:-$few}
+stage() { # NAME LENGTH MINUTES SETTINGS ARGUMENTS
+  local name=$1 length=$2 minutes=$3 settings=$4
+  shift 4
+  # shellcheck disable=SC2086
+  PYTHONUNBUFFERED=1 python3 "$here/real/run.py" --model "$folder" --texts "$carry/texts" \
+    --out "$out/$model.$name.json" --lengths "$length" --minutes "$minutes" --settings $settings "$@"
+}
+stage 8k ${L1:-8192} "${M1:-2.4}" "$S1" --no-greedy ${ARGS:-}
+stage 32k ${L2:-32768} "${M2:-1.8}" "$S2" --no-greedy ${ARGS:-}
+stage greedy ${L3:-8192} "${M3:-0.7}" "$S3" --seed 1 ${ARGS:-}

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attention
 import bounds
 import numpy as np
 import scoring
@@ -246,6 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     tokens = texts.tokenize(tokenizer, texts.read(args.texts, args.role))
     print({name: len(ids) for name, ids in tokens.items()}, settings, flush=True)
     runner, encode = Runner(model), Encoder(tokenizer)
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    attention.check(device, heads, config.num_key_value_heads, dim)
     chosen = list(dict.fromkeys([("dense", 1.0), *args.settings]))
     minutes = args.minutes * (len(args.lengths) if len(args.minutes) == 1 else 1)
     for length, limit_minutes in zip(args.lengths, minutes, strict=True):

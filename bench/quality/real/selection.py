@@ -140,6 +140,8 @@ def peaks(
     rows: bool = False,
     steps: int = 2,
     variance: float = 0.0,
+    typical: bool = False,
+    outliers: int = 0,
     together: bool = False,
     to_one: bool = True,
 ) -> list[torch.Tensor]:
@@ -148,6 +150,9 @@ def peaks(
     Args:
         q_cells, k_cells: cells of a block of queries, of keys.
         spread: weight of sum |q_d| std(k_d). variance: of sum q_d^2 var(k_d) / 2.
+        typical: the spread is weighted by the root mean square of the queries, not by their mean.
+        outliers: keys of a block that are cells of their own, those farthest from its mean as
+            queries weight dimensions; for one cell of keys otherwise.
         q_clusters, k_clusters: cells are similar tokens of a block, not consecutive ones.
         rows: a cell of queries is represented by its middle query.
         together: one selection for the query heads of a kv head, from their largest shares.
@@ -166,10 +171,24 @@ def peaks(
             last = (last // q_cells + 1) * Q_BLOCK - 1
         else:
             cells = _cells(queries, Q_BLOCK // q_cells)
+            if typical:
+                weights = cells.square().mean(2).sqrt()
             means = cells[:, :, cells.shape[2] // 2] if rows else cells.mean(2)
             last = (last + 1) * (Q_BLOCK // q_cells) - 1
+        if not typical:
+            weights = means.abs()
         bias = None
-        if k_clusters:
+        if outliers:
+            blocks = _cells(keys[None], K_BLOCK)[0]
+            weight = queries.float().square().mean((0, 1))
+            distance = ((blocks - blocks.mean(1, keepdim=True)).square() * weight).sum(-1)
+            far = distance.topk(outliers, -1).indices
+            alone = blocks.gather(1, far[..., None].expand(-1, -1, blocks.shape[-1]))
+            rest = torch.ones_like(distance).scatter_(1, far, 0)[..., None]
+            k_means = (blocks * rest).sum(1) / (K_BLOCK - outliers)
+            square = ((blocks - k_means[:, None]).square() * rest).sum(1)
+            deviation = (square / (K_BLOCK - outliers)).sqrt()
+        elif k_clusters:
             blocks = _cells(keys[None], K_BLOCK)[0]
             k_means, chosen_keys = kmeans(blocks, k_cells, steps)
             counts = chosen_keys.sum(-2).unsqueeze(-1)
@@ -183,11 +202,15 @@ def peaks(
             deviation = (cells - k_means[:, None]).square().mean(1).sqrt()
         logits = (means * scale) @ k_means.T
         if spread:
-            logits += (means.abs() * (spread * scale)) @ deviation.T
+            logits += (weights * (spread * scale)) @ deviation.T
         if variance:
             logits += ((means * scale).square() * (0.5 * variance)) @ deviation.square().T
         if bias is not None:
             logits += bias
+        if outliers:
+            logits += math.log(K_BLOCK - outliers)
+            single = ((means * scale) @ alone.flatten(0, 1).T).unflatten(-1, (-1, outliers))
+            logits = torch.logaddexp(logits, single.logsumexp(-1))
         shares = _shares(logits, last, k_size)
         if q_clusters:
             shares = shares.masked_fill_(empty[..., None], 0)
@@ -221,7 +244,12 @@ def whole_blocks(score: Score, q: torch.Tensor, k: torch.Tensor) -> list[torch.T
 
 
 def true_shares(
-    q: torch.Tensor, k: torch.Tensor, cell: int = 16, together: bool = False, chunk: int = 512
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cell: int = 16,
+    together: bool = False,
+    to_one: bool = True,
+    chunk: int = 512,
 ) -> list[torch.Tensor]:
     """The largest mean attention that any ``cell`` consecutive queries give each key block."""
     scale = q.shape[-1] ** -0.5
@@ -242,7 +270,7 @@ def true_shares(
             shares[:, first // cell : stop // cell, : stop // K_BLOCK] = means
         return _largest(shares, Q_BLOCK // cell)
 
-    return [_each_group(q, k, work, together)]
+    return [_each_group(q, k, work, together, to_one)]
 
 
 def bands(
@@ -301,14 +329,35 @@ def _peaks(about: str, cost: float, rule: Rule = either, **options: Any) -> Meth
     return Method(about, partial(peaks, **options), rule, cost)
 
 
+def _raw(about: str, cost: float, **options: Any) -> Method:
+    return _peaks(about, cost, above, to_one=False, **options)
+
+
 METHODS: dict[str, Method] = {
     "dense": Method("every block", None, cost=0),
     "grid": _peaks("the default of the package: 16 x 16 cells, spread of the keys", 1),
+    "grid_raw": _raw("grid, every block of at least this largest share", 1),
+    "grid_typical": _peaks("grid, 0.7 of the spread by typical queries", 1, spread=0.7, typical=True),
+    "typical_raw": _raw("grid_typical by largest share", 1, spread=0.7, typical=True),
+    "typical_8_16": _peaks(
+        "grid_typical, cells of 8 queries", 2, spread=0.7, typical=True, q_cells=16
+    ),
+    "typical_8_8": _peaks(
+        "grid_typical, cells of 8 by 8", 4, spread=0.4, typical=True, q_cells=16, k_cells=8
+    ),
+    "outliers": _peaks("16 queries; of 64 keys a mean and 6 outliers", 1, k_cells=1, outliers=6),
+    "outliers_8": _peaks("outliers, 8 queries", 2, q_cells=16, k_cells=1, outliers=6),
+    "together": _peaks("grid, one selection for a kv head", 1, together=True),
+    "together_8_16": _peaks("together, 8 queries", 2, q_cells=16, together=True),
     "g8_16": _peaks("cells of 8 queries by 16 keys", 2, q_cells=16),
+    "g8_16_raw": _raw("g8_16 by largest share", 2, q_cells=16),
     "g8_32": _peaks("cells of 8 queries by 32 keys", 1, q_cells=16, k_cells=2),
     "g4_64": _peaks("cells of 4 queries by 64 keys", 1, q_cells=32, k_cells=1),
     "g4_16": _peaks("cells of 4 queries by 16 keys", 4, q_cells=32, spread=0.5),
     "g8_8": _peaks("cells of 8 by 8", 4, q_cells=16, k_cells=8, spread=0.5),
+    "g8_8_raw": _raw("g8_8 by largest share", 4, q_cells=16, k_cells=8, spread=0.5),
+    "g4_4": _peaks("cells of 4 by 4", 16, q_cells=32, k_cells=16, spread=0.3),
+    "g4_4_raw": _raw("g4_4 by largest share", 16, q_cells=32, k_cells=16, spread=0.3),
     "cq8": _peaks("8 clusters of queries, 16 keys", 1, q_clusters=True),
     "ck4": _peaks("16 queries, 4 clusters of keys", 1, k_clusters=True),
     "cq8_ck4": _peaks("8 clusters of queries, 4 of keys", 1, q_clusters=True, k_clusters=True),
@@ -316,15 +365,22 @@ METHODS: dict[str, Method] = {
         "16 clusters of queries, 4 of keys", 2, q_cells=16, q_clusters=True, k_clusters=True
     ),
     "rows16": _peaks("the middle query of 16, 16 keys", 1, rows=True),
+    "rows8": _peaks("the middle query of 8, 16 keys", 2, rows=True, q_cells=16),
     "xattention": Method(
         "antidiagonals, stride 8, 128 x 128 blocks",
         partial(whole_blocks, antidiagonal),
         top_p,
-        8,
+        16,
     ),
     "antidiagonal": Method(
-        "antidiagonals, largest share", partial(antidiagonal, largest=True), either, 8
+        "antidiagonals, largest share", partial(antidiagonal, largest=True), either, 16
     ),
     "prism": Method("published bands 64/96, 128 x 128 blocks", bands, top_p, 1 / 64),
     "true": Method("largest true share of any 16 queries", true_shares, either, float("nan")),
+    "true_raw": Method(
+        "true, every block of at least this", partial(true_shares, to_one=False), above
+    ),
+    "true_1": Method(
+        "largest true share of any query", partial(true_shares, cell=1), either, float("nan")
+    ),
 }

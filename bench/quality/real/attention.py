@@ -94,7 +94,8 @@ def check(device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
     mask = ((mask | (block >= own)) & (block <= own + 1)).to(device)
     mask[:, :, 0] = True
     try:
-        error = (_by_triton(q, k, v, mask, 0.2) - _by_rows(q, k, v, mask, 0.2)).abs().max().item()
+        expected = _by_rows(q.float(), k.float(), v.float(), mask, 0.2)
+        error = (_by_triton(q, k, v, mask, 0.2) - expected).abs().max().item()
         _broken = not error < 0.05
     except Exception as problem:  # whatever a compiler may say
         error, _broken = repr(problem), True

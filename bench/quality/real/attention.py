@@ -99,7 +99,9 @@ def check(device: torch.device, heads: int, kv_heads: int, dim: int) -> None:
         _broken = not error < 0.05
     except Exception as problem:  # whatever a compiler may say
         error, _broken = repr(problem), True
-    print(f"attention kernel: {'NOT USED, ' if _broken else ''}largest difference {error}", flush=True)
+    print(
+        f"attention kernel: {'NOT USED, ' if _broken else ''}largest difference {error}", flush=True
+    )
 
 
 def _by_triton(
@@ -129,7 +131,9 @@ def _by_rows(
         keys, values = k[head // group], v[head // group]
         for block in range(length // Q_BLOCK):
             rows = slice(block * Q_BLOCK, (block + 1) * Q_BLOCK)
-            kept = position[: rows.stop].view(-1, K_BLOCK)[mask[head, block, : rows.stop // K_BLOCK]]
+            kept = position[: rows.stop].view(-1, K_BLOCK)[
+                mask[head, block, : rows.stop // K_BLOCK]
+            ]
             kept = kept.flatten()
             scores = (q[head, rows] * scale) @ keys[kept].T
             # Only the diagonal's keys, the last ones, are hidden from some rows.

@@ -203,7 +203,10 @@ def print_summary(data: dict[str, Any]) -> None:
     lengths = sorted({int(key.split("/")[0]) for key in data["rows"]})
     for length in lengths:
         print(f"\n{length} tokens: density; rise of perplexity in % and points lost [95 % bounds]")
-        print(f"{'setting':<18}{'density':>8}  {'perplexity':<24}" + "".join(f"{n:<24}" for n in names))
+        print(
+            f"{'setting':<18}{'density':>8}  {'perplexity':<24}"
+            + "".join(f"{n:<24}" for n in names)
+        )
         entries = summarize(data, length)
         for entry in entries:
             cells = [entry.get("perplexity", {})] + [entry[name] for name in names]
@@ -214,7 +217,9 @@ def print_summary(data: dict[str, Any]) -> None:
                 for c in cells
             ]
             line = "".join(f"{cell:<24}" for cell in text)
-            print(f"{entry['setting']:<18}{entry['density']:>8.3f}  {line}{entry['seconds']:6.2f} s")
+            print(
+                f"{entry['setting']:<18}{entry['density']:>8.3f}  {line}{entry['seconds']:6.2f} s"
+            )
         for name in names[:1] + names[2:] if entries else ():
             print(f" {name}, by task: dense accuracy; points lost by setting; answers")
             tasks = entries[0][name]["all"]["tasks"]

@@ -63,9 +63,7 @@ def load(folder: Path, device: torch.device) -> tuple[Any, Any]:
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=NAME
-    )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME)
     return model.to(device).eval(), tokenizer
 
 

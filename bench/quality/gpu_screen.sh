@@ -14,11 +14,11 @@ if [ ! -e "$folder/model.safetensors" ]; then
   PYTHONPATH=$carry/lib python3 "$carry/get_model.py" "$model" "$folder" --from-parts "$parts"
 fi
 mkdir -p "$out"
-few='grid:.9 grid:.95 xattention:.9 t4_64_raw:.03 true:.8'
-S1=${S1:-grid:.9 grid:.95 grid_raw:.02 grid_typical:.9 g8_16:.9 t8_16_raw:.02 t4_64_raw:.04
-  t4_64_raw:.025 t4_64:.9 t2_64_raw:.04 t4_16_raw:.04 outliers_8_raw:.03 rows4_64_raw:.05 g8_8_raw:.03
+few='grid:.9 grid:.95 xattention:.9 t4_64_raw:.02 true:.8'
+S1=${S1:-grid:.9 grid:.95 grid_raw:.02 grid_typical:.9 g8_16:.9 t8_16_raw:.02 t4_64_raw:.03
+  t4_64_raw:.015 t4_64:.9 t2_64_raw:.03 t4_16_raw:.03 outliers_8_raw:.02 rows4_64_raw:.04 g8_8_raw:.02
   xattention:.9 antidiagonal:.9 prism:.95 true:.8 true_raw:.04}
-S2=${S2:-grid:.9 grid:.95 xattention:.9 t4_64_raw:.03 t8_16_raw:.02 t4_16_raw:.03 outliers_8_raw:.02}
+S2=${S2:-grid:.9 grid:.95 xattention:.9 t4_64_raw:.02 t8_16_raw:.02 t4_16_raw:.03 outliers_8_raw:.02}
 S3=${S3:-$few}
 stage() { # NAME LENGTH MINUTES SETTINGS ARGUMENTS
   local name=$1 length=$2 minutes=$3 settings=$4

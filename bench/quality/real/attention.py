@@ -1,4 +1,4 @@
-"""Causal attention under a block mask, for one sequence: a Triton kernel on CUDA, PyTorch elsewhere.
+"""Causal attention of one sequence under a block mask: a Triton kernel on CUDA, else PyTorch.
 
 Tensors are (heads, length, head_dim) with grouped key/value heads; masks bool (heads, length / 128,
 length / 64). It needs nothing but PyTorch, so that an evaluation needs no build of the package.
@@ -67,7 +67,7 @@ if triton is not None:
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """Attention to the kept blocks; dense where the mask is None. Rows keep their diagonal block."""
+    """Attention to the kept blocks, the diagonal among them; dense where the mask is None."""
     if mask is None:
         grouped = {"is_causal": True, "enable_gqa": True, "scale": scale}
         return F.scaled_dot_product_attention(q[None], k[None], v[None], **grouped)[0]

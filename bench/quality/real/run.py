@@ -26,6 +26,7 @@ import scoring
 import texts
 import torch
 import transformers
+import tune
 from scoring import Runner, counts
 from selection import METHODS, Q_BLOCK
 
@@ -69,9 +70,13 @@ class Results:
 
 
 def parse_setting(text: str) -> tuple[str, float]:
-    name, _, knob = text.partition(":")
-    if name not in METHODS:
-        raise argparse.ArgumentTypeError(f"unknown method {name!r}; expected one of {[*METHODS]}")
+    """METHOD:KNOB, or METHOD@FILE:DENSITY for knobs per head that tune.py wrote to FILE."""
+    name, _, knob = text.rpartition(":")
+    method, _, file = name.partition("@")
+    if file and not Path(file).exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no file {file}")
+    if method not in METHODS:
+        raise argparse.ArgumentTypeError(f"unknown method {method!r}; expected one of {[*METHODS]}")
     try:
         return name, float(knob)
     except ValueError:
@@ -79,7 +84,8 @@ def parse_setting(text: str) -> tuple[str, float]:
 
 
 def show(setting: tuple[str, float]) -> str:
-    return f"{setting[0]}:{setting[1]:g}"
+    name, _, file = setting[0].partition("@")
+    return f"{name}{'@' + Path(file).name if file else ''}:{setting[1]:g}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,7 +100,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--settings", type=parse_setting, nargs="+", default=[("grid", 0.95)], metavar="METHOD:KNOB"
     )
-    parser.add_argument("--role", choices=texts.PROSE, default="tune", help="texts and tasks of")
+    parser.add_argument(
+        "--role", choices=texts.PROSE, default="screen", help="whose texts and tasks"
+    )
     parser.add_argument("--windows", type=int, default=12, help="of perplexity, at most")
     parser.add_argument("--samples", type=int, default=32, help="sequences a task, at most")
     parser.add_argument("--instances", type=int, default=32, help="questions a sequence, about")
@@ -113,7 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def pieces(
     args: argparse.Namespace, length: int, tokens: dict[str, np.ndarray], encode: Encoder
 ) -> Iterator[tuple[str, int, str, Sample]]:
-    """(kind, index, text, sequence): windows and the tasks in turn, the same for equal arguments."""
+    """(kind, index, text, sequence): windows and tasks in turn, a function of the arguments."""
     seed = (args.seed, length, list(texts.PROSE).index(args.role))
     found = texts.windows(tokens, length, args.windows, np.random.default_rng(seed))
     names = list(tokens)
@@ -135,7 +143,9 @@ def measure(
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     greedy = greedy and kind != WINDOW
-    done = runner.prefill(sample.ids, METHODS[setting[0]], setting[1], greedy)
+    method, _, file = setting[0].partition("@")
+    knob = tune.knobs(Path(file), setting[1]) if file else setting[1]
+    done = runner.prefill(sample.ids, METHODS[method], knob, greedy)
     row: dict[str, Any] = {}
     if kind == WINDOW:
         row["nats"] = float(runner.nats(sample.ids, done.hidden).mean())

@@ -37,6 +37,7 @@ WINDOW_CHUNK = 1024
 DECODED = 16  # tokens of an answer at most
 
 Attend = Callable[..., torch.Tensor]
+Knob = float | dict[int, list[float]]
 _attend: Attend | None = None
 
 
@@ -109,8 +110,9 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: np.ndarray, method: Method, knob: float, keep_cache: bool = False
+        self, ids: np.ndarray, method: Method, knob: Knob, keep_cache: bool = False
     ) -> Prefill:
+        """Run a sequence; ``knob`` is one number or, by layer, one for every head."""
         result = Prefill(torch.empty(0))
 
         def work(layer, query, key, value, scale, window):
@@ -121,7 +123,10 @@ class Runner:
                 return _windowed(q, k, v, window, scale)[None]
             own_scale = q.shape[-1] ** -0.5
             begin = time.perf_counter()
-            mask = method.mask(q if scale == own_scale else q * (scale / own_scale), k, knob)
+            own: Any = knob
+            if isinstance(knob, dict):
+                own = torch.tensor(knob[layer], device=q.device)[:, None, None]
+            mask = method.mask(q if scale == own_scale else q * (scale / own_scale), k, own)
             result.estimate += time.perf_counter() - begin
             if mask is not None:
                 result.densities[layer] = density(mask)

@@ -312,8 +312,12 @@ class Method:
     rule: Rule = either
     cost: float = 1.0
 
-    def mask(self, q: torch.Tensor, k: torch.Tensor, knob: float) -> torch.Tensor | None:
-        """Bool (heads, query blocks, key blocks); None if dense."""
+    def mask(self, q: torch.Tensor, k: torch.Tensor, knob: Any) -> torch.Tensor | None:
+        """Bool (heads, query blocks, key blocks); None if dense.
+
+        Args:
+            knob: a number, or a tensor (heads, 1, 1).
+        """
         if self.score is None:
             return None
         visible = visible_blocks(q.shape[1], q.device)
@@ -358,11 +362,11 @@ METHODS: dict[str, Method] = {
         k_cells=1,
         outliers=6,
     ),
-    "t8_16_raw": _raw("typical_8_16 by largest share", 2, spread=0.7, typical=True, q_cells=16),
+    "t8_16_raw": _raw("typical_8_16 by largest share", 2, spread=0.6, typical=True, q_cells=16),
     "t4_16_raw": _raw(
         "cells of 4 typical queries by 16 keys, largest share",
         4,
-        spread=0.5,
+        spread=0.4,
         typical=True,
         q_cells=32,
     ),

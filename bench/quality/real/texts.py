@@ -1,7 +1,7 @@
 """The texts of the evaluation: prose from Debian's documentation packages, and source code.
 
-Every text has a role. What settings are chosen on ("tune") and what they are judged on ("test")
-share no text.
+Every text has a role: per-head settings are fitted on "tune", methods and defaults chosen on
+"screen", what was chosen is judged on "test". Roles share no text.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 
 # FOLDER/NAME.txt or NAME.txt.gz, as fetch_texts.py writes them.
-PROSE = {"tune": ("reference", "devref"), "test": ("cfi", "handbook")}
+PROSE = {"tune": ("devref",), "screen": ("reference",), "test": ("cfi", "handbook")}
+
+# Of the texts of "test", characters at their beginning that estimators were developed on.
+SKIPPED = 120_000
 
 # Source code: the standard library's modules by their first letter.
-CODE = {"tune": "abcdefgh", "test": "ijklmnopqrstuvwxyz"}
+CODE = {"tune": "abcd", "screen": "efghijklm", "test": "nopqrstuvwxyz"}
 
 # Tables of data and one module twice.
 NOT_CODE = {"_pydecimal.py", "pydoc_data", "this.py"}
@@ -31,9 +34,10 @@ def code(role: str) -> str:
     texts = []
     for path in files:
         name = path.relative_to(root).as_posix()
-        if name.lstrip("_")[0] in CODE[role] and not name.startswith(skipped):
-            if path.name not in NOT_CODE:
-                texts.append(f"# {name}\n" + path.read_text(encoding="utf-8", errors="replace"))
+        if name.startswith(skipped) or path.name in NOT_CODE:
+            continue
+        if name.lstrip("_")[0] in CODE[role]:
+            texts.append(f"# {name}\n" + path.read_text(encoding="utf-8", errors="replace"))
     return "\n".join(texts)
 
 
@@ -50,6 +54,8 @@ def read(folder: Path, role: str) -> dict[str, str]:
             found[name] = gzip.decompress(path.read_bytes()).decode()
         else:
             found[name] = (folder / f"{name}.txt").read_text(encoding="utf-8")
+        if role == "test":
+            found[name] = found[name][SKIPPED:]
     return found
 
 

@@ -84,8 +84,8 @@ def parse_setting(text: str) -> tuple[str, float]:
 
 
 def show(setting: tuple[str, float]) -> str:
-    name, _, file = setting[0].partition("@")
-    return f"{name}{'@' + Path(file).name if file else ''}:{setting[1]:g}"
+    method, _, file = setting[0].partition("@")
+    return f"{method}{'@tuned' if file else ''}:{setting[1]:g}"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -214,7 +214,7 @@ def print_summary(data: dict[str, Any]) -> None:
     for length in lengths:
         print(f"\n{length} tokens: density; rise of perplexity in % and points lost [95 % bounds]")
         print(
-            f"{'setting':<18}{'density':>8}  {'perplexity':<24}"
+            f"{'setting':<24}{'density':>8}  {'perplexity':<24}"
             + "".join(f"{n:<24}" for n in names)
         )
         entries = summarize(data, length)
@@ -228,7 +228,7 @@ def print_summary(data: dict[str, Any]) -> None:
             ]
             line = "".join(f"{cell:<24}" for cell in text)
             print(
-                f"{entry['setting']:<18}{entry['density']:>8.3f}  {line}{entry['seconds']:6.2f} s"
+                f"{entry['setting']:<24}{entry['density']:>8.3f}  {line}{entry['seconds']:6.2f} s"
             )
         for name in names[:1] + names[2:] if entries else ():
             print(f" {name}, by task: dense accuracy; points lost by setting; answers")

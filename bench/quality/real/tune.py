@@ -53,7 +53,7 @@ def choose(density: np.ndarray, error: np.ndarray, target: float) -> np.ndarray:
     for _ in range(60):
         price = np.exp((low + high) / 2)
         chosen = (error + price * density).argmin(1)
-        if density[np.arange(len(chosen)), chosen].mean() > target:
+        if density[np.arange(len(chosen)), chosen].mean() > target + 1e-9:
             low = (low + high) / 2
         else:
             high = (low + high) / 2

@@ -40,7 +40,7 @@ help:
 	@echo 'make test    build, then run the tests but for those marked slow or models'
 	@echo 'make test-all     those marked slow as well'
 	@echo 'make test-models  every architecture of transformers, most of an hour; writes docs/models.md'
-	@echo 'make demo    build, then run a model with dense and with sparse attention'
+	@echo 'make demo    build, then run a model with dense and with sparse attention; MODEL=testbed: offline'
 	@echo 'make quality selection quality against density on the testbed, into build/quality'
 	@echo 'make build   compile the ops library in place; CUDA=1: for every architecture'
 	@echo 'make wheel   a wheel for other machines, into dist'
@@ -82,7 +82,7 @@ test-models: build
 	$(PY) tools/model_table.py
 
 demo: build
-	$(PY) -m prism_cuda demo
+	$(PY) -m prism_cuda demo $(if $(MODEL),--model $(MODEL))
 
 quality: $(READY)
 	PYTHONPATH=. $(PY) bench/quality/frontier.py --out build/quality --lengths 4096 --windows 2 --tasks copy \

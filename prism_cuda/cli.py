@@ -17,7 +17,6 @@ import prism_cuda
 from prism_cuda import ops
 from prism_cuda.tables import print_table
 
-DEMO_TOKENS = 16384
 ESTIMATORS = ("auto", "grid", "bands")
 
 
@@ -26,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, FileNotFoundError, RuntimeError, ValueError) as error:
         print(f"prism_cuda {args.command}: {error}", file=sys.stderr)
         return 1
 
@@ -43,8 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="one real model with dense attention and with prism")
-    demo.add_argument("--model", type=Path, help="Hugging Face model folder (examples/testbed)")
-    demo.add_argument("--tokens", type=int, default=DEMO_TOKENS, help="tokens to prefill")
+    models = "smollm2 (downloaded once, the default), testbed, or a Hugging Face model folder"
+    demo.add_argument("--model", help=models)
+    demo.add_argument("--tokens", type=int, help="tokens to prefill (8192; 4096 on a CPU)")
     demo.add_argument("--top-p", type=float, default=prism_cuda.PrismConfig.top_p)
     demo.add_argument("--estimator", choices=ESTIMATORS, default=prism_cuda.PrismConfig.estimator)
     demo.add_argument("--layer", type=int, help="layer whose masks are drawn (the middle one)")
@@ -57,7 +57,7 @@ def _demo(args: argparse.Namespace) -> int:
     from prism_cuda import demo
 
     config = prism_cuda.PrismConfig(estimator=args.estimator, top_p=args.top_p)
-    demo.run(args.model or demo.default_model(), args.tokens, config, args.layer, args.output)
+    demo.run(demo.model_folder(args.model), args.tokens, config, args.layer, args.output)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The demo: one real model over long source code, dense and with prism, side by side."""
+"""The demo: one real model over long text, dense and with prism, side by side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from prism_cuda import demo_model
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import register
 from prism_cuda.recording import CallRecord, record
@@ -22,52 +23,73 @@ STAGES = ("pool", "select", "attend")
 # The same short prompt for every implementation, so that no timing includes one-time set-up.
 WARM_UP_TOKENS = 512
 
+# Tokens whose logits exist at once: 16K of them would take gigabytes.
+LOGIT_CHUNK = 1024
+
+# Said early in the text and asked for at its end; dense attention finds it.
+FACT = "\n# The special magic number for amber-harbor is: 4815162.\n"
+FACT_POSITION = 0.05
+QUESTION = "\n# The special magic number for amber-harbor is:"
+ANSWER = "4815162"
+ANSWER_TOKENS = 12
+
 HOW_TO_READ = """\
 How to read this: perplexity tells the quality (equal is as good as dense), density the share of
-attention that was computed (1.00 is dense). pool + select is the price of estimating, attend the
-attention itself. In {output} each panel is a head: dark blocks were computed, light skipped."""
+attention that was computed (1.00 is dense). The answer needs a line that stands at {position} of
+the text; after the prefill it is decoded with dense attention. pool + select is the price of
+estimating, attend the attention itself. In {output} each panel is a head: dark blocks were
+computed, light skipped."""
 
 ON_CPU = "On a CPU the reference implementation runs: its times say nothing about the kernels."
 
 
 @dataclass
 class Run:
-    """One forward pass over the whole text."""
+    """One forward pass over the whole text, and what the model then says."""
 
     perplexity: float
     seconds: float
+    answer: str
 
 
-def default_model() -> Path:
-    """The model that the repository ships.
+def model_folder(name: str | None) -> Path:
+    """The folder of a model: "smollm2" (None, downloaded once), "testbed" or a path.
 
     Raises:
-        FileNotFoundError: outside a checkout.
+        FileNotFoundError: for "testbed" outside a checkout, or a path without a model.
     """
-    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
-        folder = root / "examples" / "testbed"
-        if (folder / "config.json").exists():
-            return folder
-    raise FileNotFoundError(
-        "examples/testbed is not here; run from a checkout of the repository or pass --model PATH"
-    )
+    if name in (None, "smollm2"):
+        return demo_model.fetch()
+    if name == "testbed":
+        for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+            folder = root / "examples" / "testbed"
+            if (folder / "config.json").exists():
+                return folder
+        raise FileNotFoundError(
+            "examples/testbed is not here; run from a checkout of the repository or pass --model"
+        )
+    if not (Path(name) / "config.json").exists():
+        raise FileNotFoundError(f"--model is {name}; expected smollm2, testbed or a model's folder")
+    return Path(name)
 
 
 def run(
-    model_path: Path, tokens: int, config: PrismConfig, layer: int | None, output: Path
+    model_path: Path, tokens: int | None, config: PrismConfig, layer: int | None, output: Path
 ) -> None:
     """Compare dense attention and prism on one model, print the result and draw one layer's masks.
 
     Args:
         model_path: folder of a causal language model and its tokenizer.
-        tokens: tokens of standard-library source to prefill.
+        tokens: tokens of standard-library text to prefill; None: 8192 on a GPU, 4096 on a CPU, and
+            no more than the model takes.
         config: settings of prism.
         layer: the layer to draw; the middle one if None.
         output: PNG file to write.
 
     Raises:
         ImportError: if transformers or matplotlib is missing.
-        ValueError: if the layer does not exist or nothing in it ran sparse.
+        ValueError: if the model does not take so many tokens, the layer does not exist or nothing
+            in it ran sparse.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,24 +103,26 @@ def run(
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=dtype)
     model.to(device).eval()
-    layers = model.config.get_text_config().num_hidden_layers
+    settings = model.config.get_text_config()
+    tokens = _checked_tokens(tokens, settings.max_position_embeddings, device)
+    layers = settings.num_hidden_layers
     layer = layers // 2 if layer is None else layer
     if not 0 <= layer < layers:
         raise ValueError(f"--layer is {layer}; expected 0 to {layers - 1}")
-    input_ids = standard_library_tokens(tokenizer, tokens).to(device)
-    print(f"{model_path}: {tokens} tokens of standard-library source, {dtype} on {device.type}")
+    input_ids = demo_tokens(tokenizer, tokens).to(device)
+    print(f"{model_path.name}: {tokens} tokens of the standard library, {dtype} on {device.type}")
 
     model.set_attn_implementation("sdpa")
-    dense = _forward(model, input_ids)
+    dense = _forward(model, tokenizer, input_ids)
     model.set_attn_implementation("prism")
     with record(masks=True, times=True) as recording:
-        sparse = _forward(model, input_ids)
+        sparse = _forward(model, tokenizer, input_ids)
     calls = [call for call in recording.calls if call.q_len == tokens]
 
     print_table(
         "Whole forward pass",
-        ("attention", "perplexity", "seconds"),
-        [_run_row("dense (sdpa)", dense), _run_row("prism", sparse)],
+        ("attention", "perplexity", "density", "seconds", f"answer ({ANSWER} is right)"),
+        [_run_row("dense (sdpa)", dense, 1.0), _run_row("prism", sparse, _density(calls))],
     )
     print_table(
         "Prism by layer, times in ms",
@@ -107,23 +131,42 @@ def run(
     )
     _draw(calls, layer, output)
     print()
-    print(HOW_TO_READ.format(output=output))
+    print(HOW_TO_READ.format(output=output, position=f"{100 * FACT_POSITION:g} %"))
     if device.type == "cpu":
         print(ON_CPU)
 
 
-def standard_library_tokens(tokenizer: Any, tokens: int) -> torch.Tensor:
-    """The first ``tokens`` tokens of this Python's standard library, file by file: int64 (1, n).
+def _checked_tokens(tokens: int | None, limit: int, device: torch.device) -> int:
+    room = limit - ANSWER_TOKENS
+    if tokens is None:
+        return min(8192 if device.type == "cuda" else 4096, room)
+    if not WARM_UP_TOKENS <= tokens <= room:
+        raise ValueError(
+            f"--tokens is {tokens}; expected {WARM_UP_TOKENS} to {room}, the model's {limit} "
+            f"positions less {ANSWER_TOKENS} for the answer"
+        )
+    return tokens
+
+
+def demo_tokens(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """``tokens`` tokens of standard-library text with the fact and the question: int64 (1, n).
 
     Raises:
         ValueError: if the library holds fewer.
     """
+    fact, question = (_encode(tokenizer, text) for text in (FACT, QUESTION))
     ids: list[int] = []
     for source in _standard_library():
-        ids += tokenizer(source, add_special_tokens=False)["input_ids"]
+        ids += _encode(tokenizer, source)
         if len(ids) >= tokens:
-            return torch.tensor([ids[:tokens]])
+            at = int(FACT_POSITION * tokens)
+            text = ids[:at] + fact + ids[at:]
+            return torch.tensor([text[: tokens - len(question)] + question])
     raise ValueError(f"--tokens is {tokens}; the standard library has only {len(ids)}")
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _standard_library() -> Iterator[str]:
@@ -132,22 +175,36 @@ def _standard_library() -> Iterator[str]:
 
 
 @torch.inference_mode()
-def _forward(model: torch.nn.Module, input_ids: torch.Tensor) -> Run:
-    model(input_ids[:, :WARM_UP_TOKENS], use_cache=False)
+def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor) -> Run:
+    model(input_ids[:, :WARM_UP_TOKENS], use_cache=False, logits_to_keep=1)
     _wait(input_ids.device)
     start = time.perf_counter()
-    logits = model(input_ids, use_cache=False).logits
+    prefilled = model.base_model(input_ids, use_cache=True)
     _wait(input_ids.device)
     seconds = time.perf_counter() - start
-    return Run(_perplexity(logits[0, :-1], input_ids[0, 1:]), seconds)
+    hidden, cache = prefilled.last_hidden_state[0], prefilled.past_key_values
+    perplexity = _perplexity(model, hidden[:-1], input_ids[0, 1:])
+    answer = [int(_logits(model, hidden[-1:]).argmax())]
+    while len(answer) < ANSWER_TOKENS:
+        last = torch.tensor([[answer[-1]]], device=input_ids.device)
+        hidden = model.base_model(last, past_key_values=cache, use_cache=True).last_hidden_state
+        answer.append(int(_logits(model, hidden[0]).argmax()))
+    return Run(perplexity, seconds, tokenizer.decode(answer).strip().split("\n")[0])
 
 
-def _perplexity(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood, in chunks to keep float32 copies small."""
+def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    logits = model.get_output_embeddings()(hidden).float()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
+def _perplexity(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood."""
     total = 0.0
-    for chunk, target in zip(logits.split(1024), targets.split(1024), strict=True):
-        loss = torch.nn.functional.cross_entropy(chunk.float(), target, reduction="sum")
-        total += float(loss)
+    chunks = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True)
+    for chunk, target in chunks:
+        logits = _logits(model, chunk)
+        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
     return math.exp(total / len(targets))
 
 
@@ -156,8 +213,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _run_row(name: str, run: Run) -> tuple[str, ...]:
-    return name, f"{run.perplexity:.3f}", f"{run.seconds:.2f}"
+def _density(calls: list[CallRecord]) -> float:
+    return sum(call.density for call in calls) / max(len(calls), 1)
+
+
+def _run_row(name: str, run: Run, density: float) -> tuple[str, ...]:
+    return name, f"{run.perplexity:.3f}", f"{density:.3f}", f"{run.seconds:.2f}", run.answer
 
 
 def _call_row(call: CallRecord) -> tuple[str, ...]:
@@ -166,9 +227,8 @@ def _call_row(call: CallRecord) -> tuple[str, ...]:
 
 
 def _mean_row(calls: list[CallRecord]) -> tuple[str, ...]:
-    density = sum(call.density for call in calls) / len(calls)
     sums = (sum(call.times.get(name, 0.0) for call in calls) for name in STAGES)
-    return "all", "", f"{density:.3f}", *(f"{1e3 * seconds:.2f}" for seconds in sums)
+    return "all", "", f"{_density(calls):.3f}", *(f"{1e3 * seconds:.2f}" for seconds in sums)
 
 
 def _draw(calls: list[CallRecord], layer: int, output: Path) -> None:

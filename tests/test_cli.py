@@ -74,7 +74,13 @@ def test_demo(tiny_model, tmp_path, capsys, estimator):
 
 
 @pytest.mark.parametrize(
-    ("extra", "message"), [(["--layer", "7"], "expected 0 to 1"), (["--tokens", "100"], "no block")]
+    ("extra", "message"),
+    [
+        (["--layer", "7"], "expected 0 to 1"),
+        (["--tokens", "100"], "--tokens is 100; expected 512 to"),
+        (["--tokens", "600"], "no block"),
+        (["--model", "nowhere"], "--model is nowhere"),
+    ],
 )
 def test_demo_errors(tiny_model, tmp_path, capsys, extra, message):
     arguments = ["--model", str(tiny_model), "--output", str(tmp_path / "x.png"), *extra]
@@ -86,4 +92,4 @@ def test_demo_without_a_model(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "__file__", str(tmp_path / "a" / "b.py"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="--model"):
-        demo.default_model()
+        demo.model_folder("testbed")

@@ -53,6 +53,11 @@ class Texts:
             raise ValueError(
                 f"evaluate: {len(held_out)} held-out tokens; expected more than the length {length}"
             )
+        if suite.windows > 1 and room // suite.windows < length:
+            raise ValueError(
+                f"evaluate: {suite.windows} windows of {length} tokens overlap in "
+                f"{len(held_out)} held-out tokens; expected fewer windows or a longer text"
+            )
         starts = np.linspace(0, room, suite.windows + 1).astype(int)[: suite.windows]
         windows = [held_out[start : start + length] for start in starts]
         encode = Encoder(tokenizer)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import platform
 import sys
@@ -23,6 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import package  # noqa: F401
+
+# isort: split
 import capture
 import numpy as np
 import plots
@@ -62,6 +66,8 @@ CORE = (
     "random",
 )
 
+PASSES = ("heads", "model")
+
 # Share of the time that the model pass may use before the heads pass has to start.
 MODEL_SHARE = 0.8
 
@@ -74,10 +80,18 @@ class Results:
         self.data: dict[str, Any] = {"settings": settings, "heads": {}, "model": {}}
         if path.exists():
             found = json.loads(path.read_text())
-            if found["settings"] == settings:
-                self.data = found
-            else:
-                path.rename(path.with_suffix(".old.json"))
+            if found["settings"] != settings:
+                old = found["settings"]
+                changes = {
+                    key: (old.get(key), settings.get(key))
+                    for key in sorted({*old, *settings})
+                    if old.get(key) != settings.get(key)
+                }
+                raise SystemExit(
+                    f"--out: {path} is of another run, (there, now): {changes}; expected the same "
+                    "settings, or another folder"
+                )
+            self.data = found
 
     def __contains__(self, key: tuple[str, str]) -> bool:
         return key[1] in self.data[key[0]]
@@ -197,11 +211,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=methods)
     parser.add_argument("--top-p", type=float, nargs="+", metavar="P", help=f"default: {P}")
     parser.add_argument("--main-only", action="store_true", help="one knob per method in 'model'")
-    parser.add_argument("--passes", nargs="+", default=["heads", "model"], metavar="PASS")
+    parser.add_argument("--passes", nargs="+", default=["heads", "model"], choices=PASSES)
     parser.add_argument("--windows", type=int, default=2, help="perplexity windows per length")
     parser.add_argument("--samples", type=int, default=1, help="sequences per task")
     parser.add_argument("--instances", type=int, default=16, help="questions per sequence, about")
-    parser.add_argument("--tasks", nargs="*", default=list(TASKS), metavar="TASK")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
     parser.add_argument("--text", type=Path, help="held-out text (default: standard library)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this time")
     parser.add_argument("--no-plots", action="store_true", help="write the JSON file alone")
@@ -228,7 +242,8 @@ def main(argv: list[str] | None = None) -> None:
         "instances": args.instances,
         "tasks": args.tasks,
         "seed": args.seed,
-        "held_out_tokens": len(tokens),
+        "lengths": args.lengths,
+        "text": hashlib.sha256(tokens.tobytes()).hexdigest()[:16],
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "dtype": str(model.dtype).removeprefix("torch."),
         "python": platform.python_version(),

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import package  # noqa: F401
+
 from prism_cuda.tables import print_table
 
 # Tolerated rise of perplexity, and loss of mean task accuracy.

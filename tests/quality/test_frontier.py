@@ -87,10 +87,25 @@ def test_a_second_run_continues(finished, model, monkeypatch) -> None:
     assert "640/prism_t/0.005" in again["model"] and "640/oracle_p" in again["heads"]
 
 
-def test_other_settings_start_anew_and_keep_the_old_file(finished, model) -> None:
-    results = frontier.Results(finished / "frontier.json", {"model": "another"})
-    assert results.data == {"settings": {"model": "another"}, "heads": {}, "model": {}}
-    assert (finished / "frontier.old.json").exists()
+def test_other_settings_are_refused(finished) -> None:
+    before = (finished / "frontier.json").read_bytes()
+    with pytest.raises(SystemExit, match="of another run.*'another'"):
+        frontier.Results(finished / "frontier.json", {"model": "another"})
+    assert (finished / "frontier.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [["--tasks", "nonesuch"], ["--passes", "modell"]])
+def test_unknown_choices_are_refused_before_a_model_loads(wrong, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        frontier.main(["--model", "nowhere", "--out", str(tmp_path), *wrong])
+    assert wrong[1] in capsys.readouterr().err
+
+
+def test_windows_that_would_overlap_are_refused() -> None:
+    from evaluate import Suite, Texts
+
+    with pytest.raises(ValueError, match="3 windows of 640 tokens overlap in 2000"):
+        Texts.build(Suite(640, 3, 0, 2, ()), np.arange(2000), None)
 
 
 def test_unknown_methods_are_named() -> None:

@@ -12,15 +12,6 @@
 #include "kernels/attention/sm90/tile_descriptor.h"
 #include "kernels/params.h"
 
-// To be timed, at head_dim 64 and 128. 0: one set of scores, in turns; 1: without turns; 2: by
-// halves of a key tile; 3: by halves, with the queries in registers.
-#ifndef PRISM_D64_LOOP
-#define PRISM_D64_LOOP 2
-#endif
-#ifndef PRISM_D128_LOOP
-#define PRISM_D128_LOOP 0
-#endif
-
 namespace prism::sm90 {
 
 namespace detail {
@@ -72,16 +63,9 @@ struct AttentionConfig {
   // The output leaves through the stage of its queries if the next queries have another one.
   static constexpr bool kOutputInQueries = kStagesQ == 2;
   static constexpr int kStagesTile = 2;  // the tile in work and the next
-  // Whether the consumers work key tiles off by halves (halves.cuh): where the products take no
-  // longer than the softmax.
-  static constexpr int kLoop = kHeadDim == 64    ? PRISM_D64_LOOP
-                               : kHeadDim == 128 ? PRISM_D128_LOOP
-                                                 : 1;
-  static constexpr bool kByHalves = kLoop >= 2;
-  static constexpr bool kQueriesInRegisters = kLoop == 3;
   // Whether the consumers take turns on the tensor cores. Beyond head_dim 128 products take so much
   // longer than the softmax that they need not.
-  static constexpr bool kTakeTurns = kLoop == 0;
+  static constexpr bool kTakeTurns = kHeadDim <= 128;
   // Whether P V of a key tile is still being computed while the softmax of the next one writes its
   // probabilities: into registers of their own.
   static constexpr bool kOverlapsOutput = true;
@@ -98,18 +82,6 @@ struct AttentionConfig {
   using TileShapeQK = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kHeadDim>>;
   using TileShapePV = cute::Shape<cute::Int<kTileM>, cute::Int<kHeadDim>, cute::Int<kTileN>>;
   using AtomLayout = cute::Layout<cute::Shape<cute::Int<kConsumers>, cute::_1, cute::_1>>;
-  using TileShapeHalf = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN / 2>, cute::Int<kHeadDim>>;
-  template <bool kFromRegisters>  // the queries
-  static auto make_mma_half() {
-    if constexpr (kFromRegisters) {
-      return cute::make_tiled_mma(
-          cute::GMMA::rs_op_selector<Element, Element, float, TileShapeHalf>(), AtomLayout{});
-    } else {
-      return cute::make_tiled_mma(
-          cute::GMMA::ss_op_selector<Element, Element, float, TileShapeHalf>(), AtomLayout{});
-    }
-  }
-  using TiledMmaHalf = decltype(make_mma_half<kQueriesInRegisters>());
   using TiledMmaQK = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, TileShapeQK>(), AtomLayout{}));
   // P comes from registers; V stays row-major in shared memory: an MN-major B operand.

@@ -32,15 +32,12 @@ struct Fp8AttentionConfig : AttentionConfig<Element_, kHeadDim_, kBlockN_, false
   static constexpr int kStagesV = kStagesK;
   static constexpr int kLoadStagesK = kStagesK / 2;
   static constexpr int kLoadStagesV = kStagesV / 2;
-  // Registers are scarcer still.
-  static constexpr bool kOverlapsOutput = false;
-  static constexpr bool kQueriesInRegisters = false;
+  static constexpr bool kOverlapsOutput = false;  // registers are scarcer still
   // 128 registers a thread at launch: 24 * 128 + 208 * 256 + 72 * 128 make the same sum.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kConsumerRegisters = 208;
   static constexpr int kConverterRegisters = 72;
 
-  using TiledMmaHalf = decltype(Base::template make_mma_half<kQueriesInRegisters>());
   using SmemLayoutK = decltype(cute::tile_to_shape(
       AtomK{}, cute::Shape<cute::Int<kTileN>, cute::Int<kHeadDim>, cute::Int<kStagesK>>{}));
   using SmemLayoutVt = decltype(cute::tile_to_shape(

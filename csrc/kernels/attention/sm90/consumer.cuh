@@ -134,71 +134,45 @@ struct Consumer {
     }
   }
 
-  // Which columns of a box of keys, beginning at key `first` of it, a thread's rows may see; the
-  // thread's own first column is 0.
-  struct VisibleColumns {
-    int last[kRows];
-    int first[Config::kScoreOptions ? kRows : 0];
-  };
-  __device__ __forceinline__ VisibleColumns visible_columns(int box, int first) const {
+  template <typename Scores>
+  __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
+    constexpr int kBoxColumns = decltype(size<1>(scores))::value / Config::kBoxes;
     const int thread = this->thread();
-    if constexpr (Config::kScoreOptions) {
-      first += tile().template first_key<Config>(box);
-    } else {
-      first += tile().template first_key<Config::kBoxN>(box);
-    }
-    first += thread % 4 * 2;
-    VisibleColumns visible;
+    int last_key[kRows];
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-      const int row_in_tile = this->row_in_tile(thread) + row * 8;
-      visible.last[row] = tile().last_key(row_in_tile) - first;
+      last_key[row] = tile().last_key(row_in_tile(thread) + row * 8) - thread % 4 * 2;
+    }
+#pragma unroll
+    for (int box = 0; box < Config::kBoxes; ++box) {
+      int first_key;
       if constexpr (Config::kScoreOptions) {
-        visible.first[row] = tile().first_visible(row_in_tile) - first;
+        first_key = tile().template first_key<Config>(trip * Config::kBoxes + box);
+      } else {
+        first_key = tile().template first_key<Config::kBoxN>(trip * Config::kBoxes + box);
       }
-    }
-    return visible;
-  }
-  // The same of one half of a key tile: a box, or half of one.
-  __device__ __forceinline__ VisibleColumns visible_columns_of_half(int trip, int half) const {
-    return Config::kBoxes == 2 ? visible_columns(trip * 2 + half, 0)
-                               : visible_columns(trip, half * Config::kTileN / 2);
-  }
-
-  // Masks kColumns of a thread's columns, beginning with `begin`.
-  template <int kColumns, typename Scores>
-  __device__ __forceinline__ static void mask_columns(Scores& scores, int begin,
-                                                      const VisibleColumns& visible) {
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
+      for (int row = 0; row < kRows; ++row) {
+        const int last_column = last_key[row] - first_key;
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        if (i / 2 * 8 + i % 2 > visible.last[row]) {
-          scores(row, begin + i) = -INFINITY;
+        for (int column = 0; column < kBoxColumns; ++column) {
+          if (column / 2 * 8 + column % 2 > last_column) {
+            scores(row, box * kBoxColumns + column) = -INFINITY;
+          }
         }
-      }
-      if constexpr (Config::kScoreOptions) {
+        if constexpr (Config::kScoreOptions) {
+          const int first_column =
+              tile().first_visible(row_in_tile(thread) + row * 8) - thread % 4 * 2 - first_key;
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          if (i / 2 * 8 + i % 2 < visible.first[row]) {
-            scores(row, begin + i) = -INFINITY;
+          for (int column = 0; column < kBoxColumns; ++column) {
+            if (column / 2 * 8 + column % 2 < first_column) {
+              scores(row, box * kBoxColumns + column) = -INFINITY;
+            }
           }
         }
       }
     }
   }
-
-  template <typename Scores>
-  __device__ __forceinline__ void apply_mask(Scores& scores, int trip) const {
-    constexpr int kColumns = Config::kBoxN / 4;
-#pragma unroll
-    for (int box = 0; box < Config::kBoxes; ++box) {
-      mask_columns<kColumns>(scores, box * kColumns,
-                             visible_columns(trip * Config::kBoxes + box, 0));
-    }
-  }
-
-  __device__ __forceinline__ void run_by_halves();  // halves.cuh
 
   __device__ __forceinline__ void run() {
     typename Config::TiledMmaQK mma_qk;

@@ -20,7 +20,6 @@
 #include "kernels/attention/sm90/config_fp8.h"
 #include "kernels/attention/sm90/consumer.cuh"
 #include "kernels/attention/sm90/converter.cuh"
-#include "kernels/attention/sm90/halves.cuh"
 #include "kernels/attention/sm90/kernel.h"
 #include "kernels/attention/sm90/loader.cuh"
 #include "kernels/attention/sm90/scheduler.cuh"
@@ -106,12 +105,7 @@ __device__ __forceinline__ void run_roles(const KernelArguments& arguments) {
   } else {
     cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
     const int warpgroup = static_cast<int>(role) - static_cast<int>(WarpgroupRole::kConsumer0);
-    Consumer<Config> consumer(arguments, storage, warpgroup);
-    if constexpr (Config::kByHalves) {
-      consumer.run_by_halves();
-    } else {
-      consumer.run();
-    }
+    Consumer<Config>(arguments, storage, warpgroup).run();
   }
 }
 

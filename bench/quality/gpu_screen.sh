@@ -1,0 +1,41 @@
+#!/bin/bash
+# Compares ways to choose blocks on a real model on one GPU, without network.
+#
+#   bash bench/quality/gpu_screen.sh MODEL PARTS CARRY OUT
+#
+# MODEL: qwen or qwen15. PARTS: folder of its part.00, ... CARRY: folder with get_model.py, lib/gguf
+# and texts/*.txt.gz. OUT: folder for the JSON files. M1, M2, M3: minutes of the three stages: many
+# settings at 8K, few at 32K, a few at 8K with greedy answers. S1, S2, S3: their settings.
+set -eu
+model=$1 parts=$2 carry=$3 out=$4
+folder=${MODELS:-/tmp/models}/$model
+here=$(cd "$(dirname "$0")" && pwd)
+if [ ! -e "$folder/model.safetensors" ]; then
+  PYTHONPATH=$carry/lib python3 "$carry/get_model.py" "$model" "$folder" --from-parts "$parts"
+fi
+mkdir -p "$out"
+run() { PYTHONUNBUFFERED=1 python3 "$@"; }
+for method in ${TUNE:-grid t8_16_raw}; do # knobs per head, at 8K
+  file=$out/$model.tune.$method.json
+  [ -e "$file" ] || run "$here/real/tune.py" --model "$folder" --texts "$carry/texts" \
+    --method "$method" --out "$file" --length ${L0:-8192} ${TUNE_ARGS:-}
+done
+tuned=$out/$model.tune
+few="grid:.9 grid:.95 xattention:.9 t8_16_raw:.015 t8_16_raw@$tuned.t8_16_raw.json:.2 true:.8"
+S1=${S1:-grid:.9 grid:.95 grid@$tuned.grid.json:.15 grid@$tuned.grid.json:.2 grid_raw:.015
+  typical_raw:.015 g8_16:.9 t8_16_raw:.025 t8_16_raw:.0125 t8_16_raw@$tuned.t8_16_raw.json:.15
+  t8_16_raw@$tuned.t8_16_raw.json:.2 t4_64_raw:.02 t4_16_raw:.025 outliers_8_raw:.02 rows4_64_raw:.03
+  xattention:.9 antidiagonal:.9 prism:.95 true:.8 true_raw:.03}
+S2=${S2:-grid:.9 grid:.95 grid@$tuned.grid.json:.2 t8_16_raw:.015 t8_16_raw@$tuned.t8_16_raw.json:.2
+  t4_64_raw:.02 xattention:.9}
+S3=${S3:-$few}
+stage() { # NAME LENGTH MINUTES SETTINGS ARGUMENTS
+  local name=$1 length=$2 minutes=$3 settings=$4
+  shift 4
+  # shellcheck disable=SC2086
+  run "$here/real/run.py" --model "$folder" --texts "$carry/texts" --out "$out/$model.$name.json" \
+    --lengths "$length" --minutes "$minutes" --settings $settings "$@"
+}
+stage 8k ${L1:-8192} "${M1:-2.2}" "$S1" --no-greedy ${ARGS:-}
+stage 32k ${L2:-32768} "${M2:-1.6}" "$S2" --no-greedy ${ARGS:-}
+stage greedy ${L3:-8192} "${M3:-0.6}" "$S3" --seed 1 ${ARGS:-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -145,11 +146,13 @@ class Logits(torch.nn.Module):
         prism_cuda.register(SETTINGS[settings], "prism-compiled")
         self.model = MODELS[name].build()
         self.model.set_attn_implementation("prism-compiled")
+        named = inspect.signature(self.model.forward).parameters
+        self.cache_name = "cache" if "cache" in named else "past_key_values"  # before 5.24
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         # Without a cache transformers traces the masks of packed sequences, which run dense.
         cache = transformers.DynamicCache(config=self.model.config)
-        return self.model(input_ids=ids, cache=cache).logits
+        return self.model(input_ids=ids, **{self.cache_name: cache}).logits
 
 
 every_model = pytest.mark.parametrize("name", ["qwen3", "qwen3-window-per-layer", "gemma2"])

@@ -3,8 +3,7 @@ own attention functions here."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,22 +12,21 @@ from prism_cuda.batch import Batch
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations.rope import config_of_layer
 from prism_cuda.integrations.warnings import warn_of_dense
-from prism_cuda.options import ScoreOptions
+from prism_cuda.options import ScoreOptions, score_options
 
 __all__ = [
     "Batch",
     "LayerCall",
     "kernel_obstacle",
     "note_dense",
+    "plan_of",
     "run_dense",
     "run_ragged",
     "run_sparse",
-    "why_dense",
 ]
 
 
-@dataclass(frozen=True)
-class LayerCall:
+class LayerCall(NamedTuple):  # a dataclass takes five times as long to make
     """What a layer asks for besides its tensors.
 
     Attributes:
@@ -53,44 +51,49 @@ class LayerCall:
 
     def options(self) -> ScoreOptions:
         """Sinks, soft-capping and window, the sinks as the model has them."""
-        window = None if self.window is None else self.window - 1
-        return ScoreOptions(self.sinks, self.softcap, window)
+        return score_options(self.sinks, self.softcap, self._window_left())
 
     def kernel_options(self) -> ScoreOptions:
         """The same as the ops take them."""
         sinks = None if self.sinks is None else self.sinks.float().contiguous()
-        return dataclasses.replace(self.options(), sinks=sinks)
+        return score_options(sinks, self.softcap, self._window_left())
+
+    def _window_left(self) -> int | None:
+        return None if self.window is None else self.window - 1
 
 
-def why_dense(
+def plan_of(
     call: LayerCall,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     masked: bool = False,
-) -> str | None:
-    """Why a layer runs dense, or None: :func:`run_sparse` serves it.
+) -> plan.Plan:
+    """The plan of a layer: dense by the reason that it names, or for :func:`run_sparse`.
 
     Args:
         masked: whether there is a mask, token by token.
     """
     chosen = plan.plan(query, key, value, call.config, call.options())
     if chosen.path != "prism":
-        return chosen.reason
+        return chosen
     if masked:
-        return "a token-level mask"
+        return plan.dense(chosen, "a token-level mask")
     if not call.causal:
-        return "a non-causal layer"
+        return plan.dense(chosen, "a non-causal layer")
     if call.dropout > 0:
-        return "dropout"
-    return "dense_layers" if call.dense else None
+        return plan.dense(chosen, "dropout")
+    return plan.dense(chosen, "dense_layers") if call.dense else chosen
 
 
 def run_sparse(
-    call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    call: LayerCall,
+    chosen: plan.Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
 ) -> torch.Tensor:
     """Causal attention (B, Hq, q, D) of one sequence per row, recorded."""
-    chosen = plan.plan(query, key, value, call.config, call.options())
     config = call.config
     if chosen.estimator is not None:
         config = config_of_layer(call.module, query.shape[-1], config)

@@ -7,7 +7,6 @@ dense; what neither path gets right raises.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -117,8 +116,9 @@ class PrismAttention:
         causal = Causal.of(attention_mask)
         if causal is not None:
             is_causal, sliding_window = True, causal.window
-        call = self._call(module, query, is_causal, scaling, dropout, sliding_window)
-        call = dataclasses.replace(call, softcap=softcap, sinks=s_aux)
+        call = self._call(
+            module, query, is_causal, scaling, dropout, sliding_window, softcap, s_aux
+        )
 
         mask, reason = attention_mask, None
         if block_indices is not None or indices is not None:
@@ -140,6 +140,8 @@ class PrismAttention:
         scaling: float | None,
         dropout: float,
         window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> LayerCall:
         layer_idx = getattr(module, "layer_idx", None)
         if layer_idx is not None and layer_idx < 0:  # one for several layers, as Zamba2 has
@@ -154,8 +156,8 @@ class PrismAttention:
             scaling,
             dropout,
             window,
-            None,
-            None,
+            softcap,
+            sinks,
         )
 
     def _attend_masked(
@@ -189,11 +191,11 @@ class PrismAttention:
         self, call: LayerCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """Attention of one sequence per row, sparse if it can be: (B, Hq, q, D)."""
-        reason = calls.why_dense(call, query, key, value)
-        if reason is None:
-            return calls.run_sparse(call, query, key, value)
-        _warn_of_dense(call, query, key, reason)
-        return dense.attend(call, query, key, value, None, reason)
+        chosen = calls.plan_of(call, query, key, value)
+        if chosen.path == "prism":
+            return calls.run_sparse(call, chosen, query, key, value)
+        _warn_of_dense(call, query, key, chosen.reason)
+        return dense.attend(call, query, key, value, None, chosen.reason)
 
     def _attend_tokens(
         self,
@@ -205,12 +207,10 @@ class PrismAttention:
     ) -> torch.Tensor:
         """Attention under a (B, 1 or Hq, q or 1, kv or 1) mask, dense."""
         if mask.dtype == torch.bool and mask.shape[2:] == (1, 1) != (query.shape[2], key.shape[2]):
-            everything = dataclasses.replace(call, causal=False)  # as prism_mask says so
-            reason = calls.why_dense(everything, query, key, value)
-            assert reason is not None
+            everything = call._replace(causal=False)  # as prism_mask says so
+            reason = calls.plan_of(everything, query, key, value).reason
             return dense.attend(everything, query, key, value, None, reason)
-        reason = calls.why_dense(call, query, key, value, masked=True)
-        assert reason is not None
+        reason = calls.plan_of(call, query, key, value, masked=True).reason
         return dense.attend(call, query, key, value, mask, reason)
 
     def _attend_padded(
@@ -227,7 +227,8 @@ class PrismAttention:
         if obstacle is None:
             assert mask is not None
             return attend_padded(call, query, key, value, mask, causal)
-        reason = calls.why_dense(call, query, key, value) or obstacle
+        chosen = calls.plan_of(call, query, key, value)
+        reason = obstacle if chosen.path == "prism" else chosen.reason
         _warn_of_dense(call, query, key, reason)
         tokens = causal.token_mask(query.shape[2], key.shape[2], query.device)
         return dense.attend(call, query, key, value, tokens, reason)

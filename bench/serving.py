@@ -80,7 +80,8 @@ def paged(
     cu_seqlens = ends([length])
     return lambda: prism_cuda.sparse_attention_varlen(
         q, keys, values, *mask, cu_seqlens_q=cu_seqlens, seqused_k=used, block_table=numbers,
-        max_seqlen_q=length, max_seqlen_k=length, return_lse=True, **(scales or {}),
+        max_seqlen_q=length, max_seqlen_k=length, block_size=(128, 128), return_lse=True,
+        **(scales or {}),
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def packed(
     cu_seqlens, longest = ends(lengths), max(lengths)
     return lambda: prism_cuda.sparse_attention_varlen(
         q, k, v, *mask, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest, max_seqlen_k=longest, return_lse=True,
+        max_seqlen_q=longest, max_seqlen_k=longest, block_size=(128, 128), return_lse=True,
     )  # fmt: skip
 
 

@@ -227,7 +227,7 @@ def sparse_attention_varlen(
     block_table: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    block_size: tuple[int, int] = (128, 128),
+    block_size: tuple[int, int] = (128, 64),
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,

@@ -118,9 +118,9 @@ def test_validation(change, message):
 
 def test_from_dense_validation():
     with pytest.raises(ValueError, match="torch.bool"):
-        BlockMask.from_dense(torch.zeros(1, 2, 4, 4), 512, 512)
-    with pytest.raises(ValueError, match=r"\(1, 2, 4, 4\)"):
-        BlockMask.from_dense(torch.zeros(1, 2, 4, 4, dtype=torch.bool), 512, 513)
+        BlockMask.from_dense(torch.zeros(1, 2, 4, 8), 512, 512)
+    with pytest.raises(ValueError, match=r"\(1, 2, 4, 8\)"):
+        BlockMask.from_dense(torch.zeros(1, 2, 4, 8, dtype=torch.bool), 512, 513)
 
 
 @pytest.mark.parametrize("causal", [True, False])

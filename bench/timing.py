@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import TypeVar
 
@@ -61,7 +62,7 @@ def measure(
     torch.cuda.synchronize()
     if mode == "eager":
         count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms, least)
-        return median(_elapsed_ms(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count))
+        return median(_elapsed_ms(partial(call, inputs[i % len(inputs)])) for i in range(count))
 
     replay = capture(call, inputs)
     count = _repetitions(_elapsed_ms(replay), budget_ms, least)

@@ -73,9 +73,9 @@ def test_varlen_wrapper_passes_everything_on() -> None:
         sinks=sinks,
         return_lse=True,
     )
-    batch: Any = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     want, want_lse = prism_cuda.sparse_attention(
-        *batch, mask, scale=0.3, sinks=sinks, return_lse=True
+        q, k, v, mask, scale=0.3, sinks=sinks, return_lse=True
     )
     assert torch.equal(out, want[0].transpose(0, 1))
     assert torch.equal(lse, want_lse[0])

@@ -111,7 +111,7 @@ class RaggedInputs:
     mask: Tensor  # (B, Hq, Nq, Nk) bool
     tensors: dict[str, Any]  # the op's other tensors and lengths, by name
     settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
-    scales: dict[str, Tensor] = field(default_factory=dict)  # k_scale and v_scale of fp8
+    scales: dict[str, Any] = field(default_factory=dict)  # k_scale and v_scale of fp8
     keys: list[Tensor] = field(default_factory=list)  # (Hkv, k_len, D) of every sequence
     values: list[Tensor] = field(default_factory=list)
 
@@ -191,7 +191,7 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
 
 
 def _rows(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int, odd_stride: bool
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int, odd_stride: bool
 ) -> Tensor:
     layout = "odd_stride" if odd_stride else "contiguous"
     return inputs.tensor((1, *shape), dtype, device, seed=seed, layout=layout)[0]

@@ -29,7 +29,7 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def qkv(length: int = 1500, seed: int = 0, device: str = "cuda") -> Tensors:
     q, k = inputs.structured_qk(4, 2, length, length + 100, HEAD_DIM, "cpu", seed)
-    v = inputs.tensor(tuple(k.shape), torch.float32, "cpu", seed=seed + 7)  # type: ignore[arg-type]
+    v = inputs.tensor(tuple(k.shape), torch.float32, "cpu", seed=seed + 7)
     return q.bfloat16().to(device), k.bfloat16().to(device), v.bfloat16().to(device)
 
 

@@ -379,7 +379,10 @@ def test_select_bands_of_a_ragged_batch(device: str, head_dim: int, page_size: i
 def test_prefill_is_selection_and_attention(device: str) -> None:
     q, k, k_scale = structured(128, device)
     v = inputs.tensor((1, 2, 1100, 128), fp8.FP8, device, seed=5)
-    scales = {"k_scale": k_scale, "v_scale": torch.tensor([0.5, 3.0], device=device)}
+    scales: dict[str, Any] = {
+        "k_scale": k_scale,
+        "v_scale": torch.tensor([0.5, 3.0], device=device),
+    }
     rules = bands_and_rules(128)
     got = call.prefill(q, k, v, "bands", **rules, **scales)
     mask = call.select_bands(q, k, **rules, k_scale=k_scale)

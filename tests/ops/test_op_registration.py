@@ -343,8 +343,8 @@ def test_compiled_append_equals_eager(device: str) -> None:
     states = [[torch.zeros(1, 4, rows, 64, device=device) for rows in (8, 16)] for _ in range(2)]
     for start, length in ((0, 100), (100, 30), (130, 170)):
         x = qkv(device, length)[0]
-        append(x, *states[0], start)
-        compiled(x, *states[1], start)
+        for run, (means, sums) in zip((append, compiled), states, strict=True):
+            run(x, means, sums, start)
     assert_same(tuple(states[1]), tuple(states[0]))
 
 

@@ -69,7 +69,8 @@ class Batch:
                     pool[page, : rows.stop - rows.start] = x[rows]
         where = {name: x for name, x in self.where.items() if name != "cu_seqlens_k"}
         where["seqused_k"] = torch.tensor(k_lens, dtype=torch.int32, device=self.k.device)
-        return *pools, where | {"block_table": table.to(self.k.device)}
+        k, v = pools
+        return k, v, where | {"block_table": table.to(self.k.device)}
 
     def alone(self) -> list[tuple[slice, tuple[Tensor, Tensor, Tensor]]]:
         """Rows, and q, k, v (1, heads, length, D) of every sequence."""
@@ -98,7 +99,8 @@ def make_batch(device: str) -> Batch:
         "max_seqlen_k": max(k_lens),
     }
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return Batch(*(x.to(device, dtype) for x in (q, k, v)), where)
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    return Batch(q, k, v, where)
 
 
 @pytest.fixture
@@ -107,8 +109,8 @@ def batch() -> Batch:
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:
-    low_precision = {} if got.device.type == "cpu" else {"atol": 0.02, "rtol": 0.02}
-    torch.testing.assert_close(got, want, **low_precision)
+    tolerance = None if got.device.type == "cpu" else 0.02
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
 def assert_each_alone(batch: Batch, got: tuple[Tensor, ...], config: Any, **options: Any) -> None:

@@ -6,6 +6,7 @@ Keys come as means, which tests can shape, or as k, which has to be the same bit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -428,7 +429,7 @@ def from_means(pair: Pair, case: SelectCase, spare: int = 0) -> Pair:
     )  # fmt: skip
 
 
-def assert_same(got: Pair, want: Pair) -> None:
+def assert_same(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> None:
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
@@ -489,18 +490,18 @@ def test_selection_waits_for_pooling(cuda: str) -> None:
     case = SelectCase("overlap", 128 * 512, 128 * 512, q_heads=8, head_dim=128, blocks=B128,
                       high=64, low=96)  # fmt: skip
     generator = torch.Generator(cuda).manual_seed(5)
-    pairs = [
+    pairs: list[Any] = [
         tuple(
             torch.randn(1, heads, case.q_len, 128, device=cuda, generator=generator).bfloat16()
             for heads in (8, 2)
         )
         for _ in range(2)
     ]
-    want = [from_means(pair, case) for pair in pairs]  # type: ignore[arg-type]
+    want = [from_means(pair, case) for pair in pairs]
     for _ in range(5):
-        for pair, expected in zip(pairs, want, strict=True):
+        for (q, k), expected in zip(pairs, want, strict=True):
             # No poison here: what the call before left in memory must not be taken for the result.
-            got = call.select_bands(*pair, *select_bands(case), case.top_p, **select_settings(case))
+            got = call.select_bands(q, k, *select_bands(case), case.top_p, **select_settings(case))
             assert_same(got, expected)
 
 
@@ -516,7 +517,7 @@ def test_graph_replay_from_k_equals_eager_on_new_inputs(cuda: str) -> None:
         captured = call.select_bands(*arguments, **options)
     for seed in (21, 22):
         for i, x in enumerate(static):
-            x.copy_(inputs.tensor(tuple(x.shape), torch.bfloat16, cuda, seed=seed + i))  # type: ignore[arg-type]
+            x.copy_(inputs.tensor(tuple(x.shape), torch.bfloat16, cuda, seed=seed + i))
         graph.replay()
         assert_same(captured, call.select_bands(*arguments, **options))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -337,7 +338,7 @@ def test_offsets_beyond_32_bits(cuda: str, length_first: bool) -> None:
             keys, vals = (torch.cat([x[:, :, :block], x[:, :, of_row]], 2) for x in part[1:])
             mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=cuda)
             arguments = (part[0][:, :, of_row], keys, vals, mask)
-            options = {"q_block_size": block, "k_block_size": block, "causal": True}
+            options: dict[str, Any] = {"q_block_size": block, "k_block_size": block, "causal": True}
             check_attention(
                 out[:, head : head + 1, of_row],
                 lse[:, head : head + 1, of_row],

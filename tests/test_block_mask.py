@@ -124,7 +124,7 @@ def test_from_dense_validation():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window_left", [0, 5, 64, 200])
+@pytest.mark.parametrize("window_left", [0, 1, 5, 64, 200])
 @pytest.mark.parametrize("lengths", [(1, 1), (200, 200), (130, 500), (5, 0), (128, 4099)])
 @pytest.mark.parametrize("blocks", [(128, 128), (128, 64), (64, 64)])
 def test_a_window_keeps_the_blocks_that_a_row_sees(blocks, lengths, window_left, causal):

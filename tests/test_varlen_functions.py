@@ -90,6 +90,22 @@ ON_CUDA = pytest.param(
 )
 
 
+@pytest.mark.parametrize("estimator", ["grid", "bands"])
+def test_less_than_a_block_of_queries_keeps_every_block_in_stages_too(estimator: str) -> None:
+    case = ragged_inputs(RaggedCase("few", ((100, 1500), (300, 900))), torch.bfloat16, "cpu")
+    config = prism_cuda.PrismConfig(estimator=estimator, top_p=0.2, dense_below=0)
+
+    def counts() -> torch.Tensor:
+        return prism_cuda.prefill_varlen(
+            case.q, case.k, case.v, **case.where(), config=config, return_mask=True
+        )[2]
+
+    whole = counts()
+    assert (whole[0, :, 0] == 24).all() and (whole[1, :, 2] < 15).all()
+    with prism_cuda.record(times=True):
+        assert torch.equal(counts(), whole)
+
+
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("q_heads", [4, 6])

@@ -53,10 +53,7 @@ def test_wrong_shape_is_found() -> None:
 def _attention() -> tuple[oracle.Attention, torch.Tensor]:
     case = attention_inputs(AttentionCase("x", 200, 200, mask="full"), torch.bfloat16, "cpu")
     arguments = (case.q, case.k, case.v, case.mask)
-    return (
-        oracle.attention(*arguments, **case.settings),
-        oracle.low_precision_attention(*arguments, **case.settings),
-    )
+    return oracle.attention_and_plain(*arguments, **case.settings)
 
 
 def test_oracle_agrees_with_sdpa_in_float64() -> None:

@@ -12,6 +12,7 @@ import torch
 from helpers import inputs, oracle
 from helpers.build import attention_inputs
 from helpers.cases import AttentionCase
+from helpers.compare import assert_same
 from helpers.ragged import RaggedCase, ragged_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -94,11 +95,6 @@ def op(name: str) -> Any:
 
 def as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
-
-
-def assert_same(got: Any, want: Any) -> None:
-    for a, b in zip(as_tuple(got), as_tuple(want), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", (*CALLS, *MUTATING))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers.compare import assert_same, assert_streams_share_nothing
 from helpers.ragged import RaggedCase, ragged_inputs
 
 import prism_cuda
@@ -73,11 +75,6 @@ def call_of(name: str, **options: Any) -> Callable[[Tensors], Any]:
     return call
 
 
-def assert_same(got: Any, want: Any) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-
-
 @every_case
 def test_torch_sees_no_synchronisation(name: str, page_size: int | None) -> None:
     batch = tensors(page_size)
@@ -119,18 +116,7 @@ def test_a_graph_follows_lengths_and_pages(name: str, page_size: int | None) -> 
 def test_streams_run_side_by_side() -> None:
     call = call_of("plain")
     batches = [tensors(size, seed=i) for i, size in enumerate((None, 16, None))]
-    want = [call(batch) for batch in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
-    torch.cuda.synchronize()
-    results: list[list[Any]] = [[] for _ in batches]
-    for _ in range(5):
-        for i, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[i].append(call(batches[i]))
-    torch.cuda.synchronize()
-    for got, expected in zip(results, want, strict=True):
-        for result in got:
-            assert_same(result, expected)
+    assert_streams_share_nothing([partial(call, batch) for batch in batches])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

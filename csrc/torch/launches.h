@@ -20,10 +20,12 @@ Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& bloc
 // Before anything is allocated: rows that the kernels of estimators have room for.
 void check_key_blocks(const SelectCall& call);
 
-// Workspaces are left for the caller to set.
+// The workspace is left for the caller to set.
 SelectParams select_params(const SelectCall& call, const Mask& mask);
-BandsParams bands_params(const BandsCall& call, const Mask& mask);
-GridParams grid_params(const GridCall& call, const Mask& mask);
+
+// Launch a selection into the mask. Returns the workspace, whose first kCounterBytes are free.
+Tensor select(const CudaContext& context, const BandsCall& call, const Mask& mask);
+Tensor select(const CudaContext& context, const GridCall& call, const Mask& mask);
 
 // After a selection: lets the short sequences of a ragged batch keep all that they see.
 void keep_short(const CudaContext& context, const SelectParams& select, int64_t dense_below);

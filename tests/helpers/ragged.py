@@ -46,6 +46,7 @@ class RaggedCase:
     sinks: bool = False
     softcap: float | None = None
     window_left: int | None = None
+    drift: bool = False  # keys differ from block to block, or from page to page
 
 
 RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
@@ -173,6 +174,8 @@ def _packed(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dic
     ends = made["cu_seqlens_k"].tolist()
     for i, name in enumerate("kv"):
         x = _rows(shape, dtype, device, seed + i, case.odd_stride)
+        if case.drift:
+            x += _drift(len(x) // 64 + 1, shape, seed).repeat_interleave(64, 0)[: len(x)].to(x)
         parts = []
         for start, (_, k_len) in zip(ends, case.lengths, strict=False):
             parts.append(x[start : start + k_len].transpose(0, 1).clone())
@@ -207,6 +210,8 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
     for i, name in enumerate("kv"):
         shape = (len(filled), size, case.kv_heads, case.head_dim)
         x = inputs.values(shape, "normal", dtype, seed + i).float()
+        if case.drift:
+            x += _drift(len(x), shape[1:], seed)[:, None]
         x[~filled] = torch.nan
         x = x.to(dtype)
         if case.heads_first:
@@ -217,6 +222,10 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
         ]
         made[name] = torch.empty_like(x, device=device).copy_(x)
     return made
+
+
+def _drift(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(count, *shape[1:], generator=inputs.generator(seed + 8))
 
 
 def _rows(

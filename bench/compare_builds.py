@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -34,13 +35,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             config = PrismConfig(estimator=estimator, block_size=blocks, dense_below=0)
             yield (
                 f"select_blocks {estimator} {length}",
-                lambda q=q, k=k, config=config: prism_cuda.select_blocks(q, k, config=config),
+                partial(prism_cuda.select_blocks, q, k, config=config),
             )
             if length < 131072:
-                kept = PrismConfig(estimator=estimator, block_size=blocks, dense_below=0, top_p=0.1)
+                few = PrismConfig(estimator=estimator, block_size=blocks, dense_below=0, top_p=0.1)
                 yield (
                     f"prefill {estimator} {length} p 0.1",
-                    lambda q=q, k=k, v=v, config=kept: prism_cuda.prefill(q, k, v, config=config),
+                    partial(prism_cuda.prefill, q, k, v, config=few),
                 )
     for length, head_dim in ((8192, 128), (32768, 128), (8192, 64), (32768, 64), (8192, 256)):
         q, k, v = (tensor(heads, length, head_dim) for heads in (32, 8, 8))
@@ -56,7 +57,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             )
             yield (
                 f"sparse_attention d{head_dim} {length} density {density}",
-                lambda q=q, k=k, v=v, mask=mask: prism_cuda.sparse_attention(q, k, v, mask),
+                partial(prism_cuda.sparse_attention, q, k, v, mask),
             )
     lengths = [700, 3000, 9000, 20000]
     starts = torch.tensor([0, 700, 3700, 12700, 32700], dtype=torch.int32, device="cuda")
@@ -65,9 +66,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         config = PrismConfig(estimator=estimator, block_size=(128, 64), top_p=0.2)
         yield (
             f"prefill_varlen {estimator}",
-            lambda config=config: prism_cuda.prefill_varlen(
-                q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=max(lengths),
-                max_seqlen_k=max(lengths), config=config,
+            partial(
+                prism_cuda.prefill_varlen, q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts,
+                max_seqlen_q=max(lengths), max_seqlen_k=max(lengths), config=config,
             ),
         )  # fmt: skip
 

@@ -51,7 +51,7 @@ class Inputs:
     q: Tensor
     k: Tensor
     k_means: Tensor | None = None
-    sums: Tensor | None = None  # what pool_append_ keeps of an unfinished block
+    sums: Tensor | None = None  # what append_means_ keeps of an unfinished block
 
 
 Call = Callable[[Inputs], Any]

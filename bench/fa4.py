@@ -4,7 +4,7 @@ import cutlass.cute as cute
 import torch
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 from flash_attn.cute.interface import _flash_attn_fwd
-from implementations import Call
+from implementations import Call, Inputs
 from masks import QUERY_BLOCK, block_lists
 from torch import Tensor
 
@@ -16,7 +16,12 @@ def causal_mask(batch, head, m_idx, n_idx, seqlen_info, aux_tensors):
 
 def _call(**settings: object) -> Call:
     """Returns (batch, heads, length, head_dim), a view of what the kernel writes."""
-    return lambda x: _flash_attn_fwd(*x.length_first, **settings)[0].transpose(1, 2)
+
+    def call(x: Inputs) -> Tensor:
+        assert x.length_first is not None
+        return _flash_attn_fwd(*x.length_first, **settings)[0].transpose(1, 2)
+
+    return call
 
 
 def dense(causal: bool, window: int | None = None, softcap: float | None = None) -> Call:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class Bench:
         if length <= options.longest_dense:
             for impl in [name for name in DENSE if name in options.impls]:
                 call = dense(DENSE[impl])
-                self.add(length, "dense", impl, timed(lambda call=call: call(x)), kept_density=1.0)
+                self.add(length, "dense", impl, timed(partial(call, x)), kept_density=1.0)
         bands = default_bands(options.head_dim)
         ops = torch.ops.prism
         x.bits, x.counts = ops.select_bands(q, k, *bands, [options.top_p], k_block_size=BLOCK)
@@ -140,6 +141,7 @@ class Bench:
         self.add(length, f"{fixed:g}", "prism", timed(whole), kept_density=density)
 
     def add_flex(self, x: Inputs, length: int, distribution: str, density: float) -> None:
+        assert x.bits is not None
         try:
             mask = unpack(x.bits, math.ceil(length / BLOCK))
             x.flex = flex_mask(mask, length)

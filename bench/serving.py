@@ -61,7 +61,7 @@ def paged(
     mask: Result,
     length: int,
     size: int,
-    scales: dict[str, Tensor] | None = None,
+    scales: dict[str, Any] | None = None,
 ) -> Callable[[], Result]:
     """The same tokens in shuffled pages."""
     pages = -(-length // size)
@@ -80,7 +80,8 @@ def paged(
     cu_seqlens = ends([length])
     return lambda: prism_cuda.sparse_attention_varlen(
         q, keys, values, *mask, cu_seqlens_q=cu_seqlens, seqused_k=used, block_table=numbers,
-        max_seqlen_q=length, max_seqlen_k=length, return_lse=True, **(scales or {}),
+        max_seqlen_q=length, max_seqlen_k=length, block_size=(128, 128), return_lse=True,
+        **(scales or {}),
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def packed(
     cu_seqlens, longest = ends(lengths), max(lengths)
     return lambda: prism_cuda.sparse_attention_varlen(
         q, k, v, *mask, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=longest, max_seqlen_k=longest, return_lse=True,
+        max_seqlen_q=longest, max_seqlen_k=longest, block_size=(128, 128), return_lse=True,
     )  # fmt: skip
 
 
@@ -112,8 +113,12 @@ def check(name: str, got: Result, want: Result, exactly: bool) -> None:
             raise SystemExit(f"{name}: off by {error}")
 
 
+def replay_of(job: Callable[[], object]) -> Callable[[], None]:
+    return capture(lambda _: job(), [None])
+
+
 def time_jobs(jobs: dict[str, Callable[[], object]], budget_ms: float) -> dict[str, float]:
-    replays = [capture(lambda _, job=job: job(), [None]) for job in jobs.values()]
+    replays = [replay_of(job) for job in jobs.values()]
     times = measure_alternating(replays, budget_ms=budget_ms)
     return {name: median(of_job.rounds) for name, of_job in zip(jobs, times, strict=True)}
 
@@ -121,9 +126,9 @@ def time_jobs(jobs: dict[str, Callable[[], object]], budget_ms: float) -> dict[s
 def one_sequence(length: int, density: float, options: argparse.Namespace) -> list[Row]:
     mask = pack(random_mask(HEADS, length, density, device=DEVICE))
     q, k, v = (draw(length, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    batch = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    batch_q, batch_k, batch_v = (x.transpose(0, 1)[None] for x in (q, k, v))
     jobs: dict[str, Callable[[], Any]] = {
-        "contiguous": contiguous(*batch, mask),
+        "contiguous": contiguous(batch_q, batch_k, batch_v, mask),
         "packed": packed(q, k, v, mask, [length]),
     }
     for size in options.page_sizes:
@@ -135,10 +140,12 @@ def one_sequence(length: int, density: float, options: argparse.Namespace) -> li
             check(name, job(), want, exactly=not name.endswith(("of 1", "of 2", "of 4")))
     if FP8_PAGE in options.page_sizes:
         (k8, k_scale), (v8, v_scale) = quantize(k), quantize(v)
-        exact = [(x.float() * s[:, None]).bfloat16() for x, s in ((k8, k_scale), (v8, v_scale))]
+        exact_k, exact_v = (
+            (x.float() * s[:, None]).bfloat16() for x, s in ((k8, k_scale), (v8, v_scale))
+        )
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         job = paged(q, k8, v8, mask, length, FP8_PAGE, scales)
-        check("fp8", job(), paged(q, *exact, mask, length, FP8_PAGE)(), exactly=False)
+        check("fp8", job(), paged(q, exact_k, exact_v, mask, length, FP8_PAGE)(), exactly=False)
         jobs[f"fp8, pages of {FP8_PAGE}"] = job
     times = time_jobs(jobs, options.budget_ms)
     return [
@@ -204,9 +211,7 @@ def ragged_prefill(options: argparse.Namespace) -> list[Row]:
     if error > 0.01:
         raise SystemExit(f"prefill_varlen: off by {error} of the norm")
     jobs["padded"]()
-    replays = {
-        f"{name}, graph": capture(lambda _, job=job: job(), [None]) for name, job in jobs.items()
-    }
+    replays = {f"{name}, graph": replay_of(job) for name, job in jobs.items()}
     both = jobs | replays
     times = measure_alternating(list(both.values()), budget_ms=options.budget_ms)
     medians = {name: median(of_job.rounds) for name, of_job in zip(both, times, strict=True)}

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import fmean, median
 from typing import TypeVar
 
@@ -66,7 +67,7 @@ def measure(
     torch.cuda.synchronize()
     if mode == "eager":
         count = _repetitions(_elapsed_ms(lambda: call(inputs[0])), budget_ms, least)
-        return median(_elapsed_ms(lambda i=i: call(inputs[i % len(inputs)])) for i in range(count))
+        return median(_elapsed_ms(partial(call, inputs[i % len(inputs)])) for i in range(count))
 
     replay = capture(call, inputs)
     count = _repetitions(_elapsed_ms(replay), budget_ms, least)

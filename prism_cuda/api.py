@@ -168,9 +168,7 @@ def sparse_attention(
             v may also both be float8_e4m3fn.
         mask: made for q's and k's lengths, on their device.
         causal: the mask's own setting if None.
-        sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value
-            (attention sinks); lse includes it.
-        softcap: scaled scores become softcap * tanh(score / softcap).
+        sinks, softcap: as in :func:`prefill`.
         window_left: a row sees its own position and so many keys before it only. Blocks that no
             row of a query block sees cost nothing, whatever the mask keeps.
         k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
@@ -227,7 +225,7 @@ def sparse_attention_varlen(
     block_table: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
-    block_size: tuple[int, int] = (128, 128),
+    block_size: tuple[int, int] = (128, 64),
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
@@ -264,13 +262,7 @@ def sparse_attention_varlen(
         scale: softmax scale; D ** -0.5 if None.
         causal: whether a row sees no key after its position.
         block_size: (query, key) tokens per block: (128, 128), (128, 64) or (64, 64).
-        sinks: float32 (Hq,), a logit per head that joins the softmax denominator without a value;
-            lse includes it.
-        softcap: scaled scores become softcap * tanh(score / softcap).
-        window_left: a row sees its own position and so many keys before it only. Blocks that no
-            row of a query block sees cost nothing, whatever the mask keeps.
-        k_scale, v_scale: float32 (Hkv,), contiguous: what fp8 k and v of each head are multiplied
-            by, finite and above 0; None: 1. Only for fp8.
+        sinks, softcap, window_left, k_scale, v_scale: as for :func:`sparse_attention`.
         return_lse: also return float32 (Hq, total_q), the log of the softmax denominator.
 
     Returns:

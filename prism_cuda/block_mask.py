@@ -40,7 +40,7 @@ class BlockMask:
     q_len: int
     k_len: int
     q_block_size: int = 128
-    k_block_size: int = 128
+    k_block_size: int = 64
     causal: bool = True
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class BlockMask:
         k_len: int,
         *,
         q_block_size: int = 128,
-        k_block_size: int = 128,
+        k_block_size: int = 64,
         causal: bool = True,
     ) -> BlockMask:
         """Pack a bool mask (B, Hq, Nq, Nk); with ``causal``, invisible blocks are dropped.
@@ -116,7 +116,7 @@ class BlockMask:
         k_len: int,
         *,
         q_block_size: int = 128,
-        k_block_size: int = 128,
+        k_block_size: int = 64,
         causal: bool = True,
         window_left: int | None = None,
         device: torch.device | str = "cpu",

@@ -8,6 +8,7 @@ import torch
 
 from prism_cuda import estimators, ops, plan, run
 from prism_cuda.config import MAX_HEAD_DIM, PrismConfig, as_config
+from prism_cuda.estimators.base import Prompt
 from prism_cuda.options import score_options
 
 
@@ -54,7 +55,7 @@ class ChunkedPrefill:
         self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
         estimator = estimators.get(self._config.estimator_of(head_dim))
-        self._keys = estimator.new_state(self._shape, max_len, self._config, device)
+        self._keys = estimator.new_state(Prompt(*self._shape, max_len, device), self._config)
         self.length = 0
         self._in_order = True  # the state's unfinished unit is the one that ends at length
 

@@ -114,8 +114,8 @@ class _Call:
         keywords: dict[str, object] = {}
         if self.options is not PLAIN or self.batch is not None:
             keywords = self._attention_keywords()
-            if self.batch is not None and plan.estimator is not None:
-                keywords["dense_below"] = max(config.dense_below, 1)  # 0 takes no short ones
+            if plan.estimator is not None:
+                keywords |= estimators.batch_keywords(self.batch, config)
         return ops.call(
             torch.ops.prism.prefill.default,
             q,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,10 +23,10 @@ from prism_cuda.bits import unpack
 
 HEADS, LENGTH = 3, 4096
 BLOCKS = LENGTH // 128
-CPU = {"device": "cpu"}
+CPU: dict[str, Any] = {"device": "cpu"}
 
 
-def make(name: str, density: float, **changes: object) -> BlockSparsity:
+def make(name: str, density: float, **changes: Any) -> BlockSparsity:
     point = suites.Point(LENGTH, name, density, ("prism",), **changes)
     return suites.build_sparsity(point, HEADS, "cpu")
 
@@ -148,6 +149,7 @@ def test_flex_attention_gets_the_window_by_blocks(window: int) -> None:
         (blocks.full_kv_num_blocks, blocks.full_kv_indices),
         (blocks.kv_num_blocks, blocks.kv_indices),
     ):
+        assert counts is not None and indices is not None
         rank = torch.empty_like(indices).scatter_(
             -1, indices.long(), torch.arange(8).int().expand_as(indices)
         )
@@ -177,7 +179,8 @@ def test_accuracy_knows_windows_and_caps(window: int | None, softcap: float | No
 def test_accuracy_tells_right_from_wrong(causal: bool) -> None:
     point = suites.Point(512, "random", 0.3, ("prism",), causal=causal)
     sparsity = suites.build_sparsity(point, 4, "cpu")
-    x = Inputs(*(torch.randn(1, heads, 512, 64).bfloat16() for heads in (4, 2, 2)))
+    q, k, v = (torch.randn(1, heads, 512, 64).bfloat16() for heads in (4, 2, 2))
+    x = Inputs(q, k, v)
     tokens = sparsity.mask.repeat_interleave(128, -2).repeat_interleave(128, -1)
     tokens = tokens.tril() if causal else tokens
     out = torch.nn.functional.scaled_dot_product_attention(

@@ -119,7 +119,7 @@ def test_wrong_results_are_refused(config: PrismConfig) -> None:
     q, k, v = qkv()
     results: dict[str, Any] = {
         "NoneType": None,
-        r"q_len=900, k_len=900, .*\(128, 128\)": BlockMask.full(1, 4, 900, 900),
+        r"q_len=900, k_len=900, .*\(128, 64\)": BlockMask.full(1, 4, 900, 900),
         "heads=1": BlockMask.full(1, 1, 900, 900, q_block_size=64, k_block_size=64),
     }
     for message, result in results.items():

@@ -313,8 +313,8 @@ def test_non_causal_stages_keep_their_causality():
 @pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["prism", "dense"])
 def test_every_call_is_recorded_once(config):
     q, k, v = qkv()
-    extras: dict[str, Any]
-    for extras in ({}, {"return_lse": True}, {"return_mask": True}):
+    for extra in (None, "return_lse", "return_mask"):
+        extras: dict[str, Any] = {extra: True} if extra else {}
         with prism_cuda.record(times=True) as recording:
             prism_cuda.prefill(q, k, v, config=config, **extras)
         assert len(recording.calls) == 1
@@ -436,9 +436,9 @@ def dense_scores(q, k, v, scale, causal, sinks=None, softcap=None, window_left=N
 def test_scores_of_every_path(name, causal, config):
     if config is GRID:
         config = dataclasses.replace(config, top_p=1.0)
-    tensors: Any = qkv(130, 300)
-    options = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
-    expected, expected_lse = dense_scores(*tensors, 0.3, causal, **SCORES[name])
+    tensors = q, k, v = qkv(130, 300)
+    options: dict[str, Any] = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
+    expected, expected_lse = dense_scores(q, k, v, 0.3, causal, **SCORES[name])
     out = prism_cuda.prefill(*tensors, **options)
     with_lse, lse, mask = prism_cuda.prefill(*tensors, **options, return_lse=True, return_mask=True)
     with prism_cuda.record(times=True) as recording:
@@ -464,9 +464,9 @@ def test_a_softcap_leaves_out_what_selection_leaves_out():
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])
 def test_windows_of_other_head_sizes(head_dim):
-    tensors: Any = qkv(130, 300, head_dim)
-    expected, _ = dense_scores(*tensors, head_dim**-0.5, True, window_left=40)
-    close(prism_cuda.prefill(*tensors, config=SPARSE, window_left=40), expected)
+    q, k, v = qkv(130, 300, head_dim)
+    expected, _ = dense_scores(q, k, v, head_dim**-0.5, True, window_left=40)
+    close(prism_cuda.prefill(q, k, v, config=SPARSE, window_left=40), expected)
 
 
 def test_dispatch_of_windows_and_caps():
@@ -559,19 +559,19 @@ def test_meta_tensors_get_meta_results(config):
 
 @pytest.mark.parametrize("config", [EXACT, DENSE], ids=["prism", "dense"])
 def test_autocast_decides_by_the_dtype_it_computes_in(config):
-    tensors: Any = qkv()
-    low = [x.bfloat16() for x in tensors]
+    q, k, v = qkv()
+    low = [x.bfloat16() for x in (q, k, v)]
     want = prism_cuda.prefill(*low, config=config)
     with torch.autocast("cpu", dtype=torch.bfloat16), prism_cuda.record() as recording:
-        out, mask = prism_cuda.prefill(*tensors, config=config, return_mask=True)
-        assert torch.equal(prism_cuda.sparse_attention(*tensors, mask), out) or config is DENSE
+        out, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+        assert torch.equal(prism_cuda.sparse_attention(q, k, v, mask), out) or config is DENSE
         assert torch.equal(
-            prism_cuda.select_blocks(*tensors[:2], config=config).bits,
+            prism_cuda.select_blocks(q, k, config=config).bits,
             prism_cuda.select_blocks(*low[:2], config=config).bits,
         )
     assert out.dtype == torch.bfloat16 and torch.equal(out, want)
     assert recording.calls[0].path == ("dense" if config is DENSE else "prism")
-    doubles = [x.double() for x in tensors]
+    doubles = [x.double() for x in (q, k, v)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert prism_cuda.prefill(*doubles, config=config).dtype == torch.float64  # as SDPA
 

@@ -149,7 +149,7 @@ def test_band_logits():
     actual = reference.band_logits(q, k, [1, 3, 9, 10])
     for head in range(4):
         q_head, k_head = q[0, head], k[0, head // 2]
-        tau = math.sqrt(3 / 16)
+        tau = torch.tensor(math.sqrt(3 / 16)).double()
         for x in (q_head, k_head):
             tau *= x[:, dims].square().mean().sqrt() / x.square().mean().sqrt()
         expected = q_head[:, dims] @ k_head[:, dims].T / (math.sqrt(3) * tau)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import mutations
+
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "prism_cuda" / "_C.abi3.so"
 KERNELS = ROOT / "csrc" / "kernels"
@@ -57,6 +59,11 @@ def test_no_room_includes_one_above_it():
         if room(target) != room(path) and room(target) not in ROOMS[room(path)]
     }
     assert not arrows
+
+
+def test_mutations_find_their_places():
+    for mutation in (*mutations.CPU, *mutations.GPU):
+        assert (ROOT / mutation.file).read_text().count(mutation.old) == 1, mutation.name
 
 
 def kernel_names() -> set[str]:

@@ -73,9 +73,9 @@ def test_varlen_wrapper_passes_everything_on() -> None:
         sinks=sinks,
         return_lse=True,
     )
-    batch: Any = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     want, want_lse = prism_cuda.sparse_attention(
-        *batch, mask, scale=0.3, sinks=sinks, return_lse=True
+        q, k, v, mask, scale=0.3, sinks=sinks, return_lse=True
     )
     assert torch.equal(out, want[0].transpose(0, 1))
     assert torch.equal(lse, want_lse[0])
@@ -88,6 +88,22 @@ ON_CUDA = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     ],
 )
+
+
+@pytest.mark.parametrize("estimator", ["grid", "bands"])
+def test_less_than_a_block_of_queries_keeps_every_block_in_stages_too(estimator: str) -> None:
+    case = ragged_inputs(RaggedCase("few", ((100, 1500), (300, 900))), torch.bfloat16, "cpu")
+    config = prism_cuda.PrismConfig(estimator=estimator, top_p=0.2, dense_below=0)
+
+    def counts() -> torch.Tensor:
+        return prism_cuda.prefill_varlen(
+            case.q, case.k, case.v, **case.where(), config=config, return_mask=True
+        )[2]
+
+    whole = counts()
+    assert (whole[0, :, 0] == 24).all() and (whole[1, :, 2] < 15).all()
+    with prism_cuda.record(times=True):
+        assert torch.equal(counts(), whole)
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])

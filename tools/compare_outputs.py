@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -135,22 +136,23 @@ def ragged_cases() -> Iterator[Case]:
     for estimator in ("grid", "bands"):
         for dense_below in (0, 600):
             config = PrismConfig(estimator=estimator, top_p=0.7, dense_below=dense_below)
-            for label, tensors, where in (
+            for label, (own_k, own_v), where in (
                 ("packed", (k, v), {"cu_seqlens_k": starts_k}),
-                ("paged", tuple(pools), paged),
-                ("fp8", tuple(fp8), paged),
+                ("paged", pools, paged),
+                ("fp8", fp8, paged),
             ):
                 if label == "fp8" and estimator == "grid":
                     continue
 
                 def run(
                     config: PrismConfig = config,
-                    tensors: tuple = tensors,
-                    where: dict = where,
+                    k: torch.Tensor = own_k,
+                    v: torch.Tensor = own_v,
+                    where: dict[str, Any] = where | longest,
                 ) -> tuple[torch.Tensor, ...]:
                     out, lse, bits, counts = prism_cuda.prefill_varlen(
-                        q, *tensors, cu_seqlens_q=starts_q, config=config, return_lse=True,
-                        return_mask=True, **where, **longest,
+                        q, k, v, cu_seqlens_q=starts_q, config=config, return_lse=True,
+                        return_mask=True, **where,
                     )  # fmt: skip
                     return bits, counts, out, lse
 

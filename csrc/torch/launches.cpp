@@ -50,6 +50,15 @@ int window_of(const AttentionCall& call) {
   return window && *window < call.shape.k_len ? static_cast<int>(*window) : -1;
 }
 
+Tensor new_workspace(const CudaContext& context, const Tensor& like, int64_t bytes,
+                     Counter counter) {
+  Tensor workspace = new_workspace(like, kCounterBytes + bytes);
+  if (counter == Counter::kCleared) {
+    context.check(cudaMemsetAsync(workspace.data_ptr(), 0, sizeof(int32_t), context.stream()));
+  }
+  return workspace;
+}
+
 void keep_short(const CudaContext& context, const SelectParams& select, int64_t dense_below) {
   if (dense_below == 0) {
     return;

@@ -20,10 +20,20 @@ Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& bloc
 // Before anything is allocated: rows that the kernels of estimators have room for.
 void check_key_blocks(const SelectCall& call);
 
-// Workspaces are left for the caller to set.
+// The workspace is left for the caller to set.
 SelectParams select_params(const SelectCall& call, const Mask& mask);
-BandsParams bands_params(const BandsCall& call, const Mask& mask);
-GridParams grid_params(const GridCall& call, const Mask& mask);
+
+// A workspace of kCounterBytes for attention's tile counter and so many bytes behind them.
+constexpr int64_t kCounterBytes = 128;  // of the counter, and alignment of what follows it
+enum class Counter { kUnused, kCleared };
+Tensor new_workspace(const CudaContext& context, const Tensor& like, int64_t bytes,
+                     Counter counter);
+
+// Launch a selection into the mask. Returns the workspace, and with it attention's tile counter.
+Tensor select(const CudaContext& context, const BandsCall& call, const Mask& mask,
+              Counter counter = Counter::kUnused);
+Tensor select(const CudaContext& context, const GridCall& call, const Mask& mask,
+              Counter counter = Counter::kUnused);
 
 // After a selection: lets the short sequences of a ragged batch keep all that they see.
 void keep_short(const CudaContext& context, const SelectParams& select, int64_t dense_below);
@@ -42,8 +52,6 @@ Attention new_attention(const CudaContext& context, const AttentionCall& call, c
                         const Tensor& counts);
 
 void launch(const CudaContext& context, const char* op, const SparseAttentionParams& params);
-
-constexpr int64_t kCounterBytes = 128;  // of the tile counter, and alignment of what follows it
 
 }  // namespace prism
 

@@ -59,52 +59,23 @@ PrefillCall check_prefill(const Tensor& q, const Tensor& k, const Tensor& v,
 
 namespace {
 
-// One allocation: the tile counter, and what the selection asks for behind it.
-class Workspace {
- public:
-  // The counter is cleared ahead of the selection, so that nothing comes between that and
-  // attention.
-  Workspace(const CudaContext& context, const Tensor& like, int64_t bytes)
-      : tensor_(new_workspace(like, kCounterBytes + bytes)),
-        start_(static_cast<char*>(tensor_.data_ptr())) {
-    context.check(cudaMemsetAsync(start_, 0, sizeof(int32_t), context.stream()));
-  }
-
-  int32_t* counter() const { return reinterpret_cast<int32_t*>(start_); }
-  void* selection() const { return start_ + kCounterBytes; }
-
- private:
-  Tensor tensor_;  // kept until the launches; the allocator orders its reuse
-  char* start_;
-};
-
-Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
-                           const SelectCall& select, const Mask& mask) {
-  int64_t bytes = 0;
-  if (call.estimator == Estimator::kAll) {
-    Workspace workspace(context, call.on, bytes);
-    KeepBlocksParams params;
-    params.select = select_params(select, mask);
-    params.window_left = window_of(call);
-    context.check(launch_keep_blocks(params, context.stream()));
-    return workspace;
-  }
+// Returns a workspace whose first bytes are the tile counter of attention, cleared ahead of the
+// selection so that nothing comes between that and attention.
+Tensor launch_selection(const CudaContext& context, const PrefillCall& call,
+                        const SelectCall& selection, const Mask& mask) {
   if (call.estimator == Estimator::kBands) {
-    BandsParams params =
-        bands_params({select, call.bands, /*k_means=*/std::nullopt, call.scores.k_scale}, mask);
-    context.check(bands_workspace_bytes(params, &bytes));
-    Workspace workspace(context, call.on, bytes);
-    params.select.workspace = workspace.selection();
-    context.check(launch_select_bands(params, context.sm(), context.stream()));
-    keep_short(context, params.select, call.dense_below);
-    return workspace;
+    return select(context, BandsCall{selection, call.bands, std::nullopt, call.scores.k_scale},
+                  mask, Counter::kCleared);
   }
-  GridParams params = grid_params({select, call.scale, std::nullopt, std::nullopt}, mask);
-  context.check(grid_workspace_bytes(params, &bytes));
-  Workspace workspace(context, call.on, bytes);
-  params.select.workspace = workspace.selection();
-  context.check(launch_select_grid(params, context.sm(), context.stream()));
-  keep_short(context, params.select, call.dense_below);
+  if (call.estimator == Estimator::kGrid) {
+    return select(context, GridCall{selection, call.scale, std::nullopt, std::nullopt}, mask,
+                  Counter::kCleared);
+  }
+  const Tensor workspace = new_workspace(context, call.on, 0, Counter::kCleared);
+  KeepBlocksParams params;
+  params.select = select_params(selection, mask);
+  params.window_left = window_of(call);
+  context.check(launch_keep_blocks(params, context.stream()));
   return workspace;
 }
 
@@ -113,15 +84,15 @@ Workspace launch_selection(const CudaContext& context, const PrefillCall& call,
 std::tuple<Tensor, Tensor, Tensor, Tensor> run(const PrefillCall& call) {
   const CudaContext context(call.op, call.on);
   const NvtxRange range("prism.prefill");
-  const SelectCall select{call.op,    call.on,     call.k,         call.shape,
-                          call.rules, call.blocks, call.sequences, call.dense_below};
+  const SelectCall selection{call.op,    call.on,     call.k,         call.shape,
+                             call.rules, call.blocks, call.sequences, call.dense_below};
   if (call.estimator != Estimator::kAll) {
-    check_key_blocks(select);
+    check_key_blocks(selection);
   }
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
   Attention attention = new_attention(context, call, mask.bits, mask.counts);
-  const Workspace workspace = launch_selection(context, call, select, mask);
-  attention.params.tile_counter = workspace.counter();
+  const Tensor workspace = launch_selection(context, call, selection, mask);
+  attention.params.tile_counter = static_cast<int32_t*>(workspace.data_ptr());
   // Nothing lies between the two, and each kernel of the selection waits for the one before it.
   attention.params.tile_counter_is_zero = true;
   attention.params.overlaps = true;

@@ -54,7 +54,8 @@ BandsCall check_select_bands(const Tensor& q, const std::optional<Tensor>& k,
 
 #ifdef PRISM_WITH_CUDA
 
-BandsParams bands_params(const BandsCall& call, const Mask& mask) {
+Tensor select(const CudaContext& context, const BandsCall& call, const Mask& mask,
+              Counter counter) {
   BandsParams params = {};
   params.q = view(call.on, call.shape);
   if (call.k) {
@@ -68,7 +69,13 @@ BandsParams bands_params(const BandsCall& call, const Mask& mask) {
   params.low = call.bands.low;
   params.dtype = kernel_dtype(call.on);
   params.k_scale = float_data(call.k_scale);
-  return params;
+  int64_t bytes = 0;
+  context.check(bands_workspace_bytes(params, &bytes));
+  const Tensor workspace = new_workspace(context, call.on, bytes, counter);
+  params.select.workspace = static_cast<char*>(workspace.data_ptr()) + kCounterBytes;
+  context.check(launch_select_bands(params, context.sm(), context.stream()));
+  keep_short(context, params.select, call.dense_below);
+  return workspace;
 }
 
 std::tuple<Tensor, Tensor> run(const BandsCall& call) {
@@ -76,13 +83,7 @@ std::tuple<Tensor, Tensor> run(const BandsCall& call) {
   const NvtxRange range("prism.select");
   check_key_blocks(call);
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
-  BandsParams params = bands_params(call, mask);
-  int64_t bytes = 0;
-  context.check(bands_workspace_bytes(params, &bytes));
-  const Tensor workspace = new_workspace(call.on, bytes);
-  params.select.workspace = workspace.data_ptr();
-  context.check(launch_select_bands(params, context.sm(), context.stream()));
-  keep_short(context, params.select, call.dense_below);
+  select(context, call, mask);
   return {mask.bits, mask.counts};
 }
 

@@ -40,7 +40,7 @@ GridCall check_select_grid(const Tensor& q, const std::optional<Tensor>& k,
 
 #ifdef PRISM_WITH_CUDA
 
-GridParams grid_params(const GridCall& call, const Mask& mask) {
+Tensor select(const CudaContext& context, const GridCall& call, const Mask& mask, Counter counter) {
   GridParams params = {};
   params.q = view(call.on, call.shape);
   if (call.k) {
@@ -51,7 +51,13 @@ GridParams grid_params(const GridCall& call, const Mask& mask) {
   params.select = select_params(call, mask);
   params.scale = static_cast<float>(call.scale);
   params.dtype = kernel_dtype(call.on);
-  return params;
+  int64_t bytes = 0;
+  context.check(grid_workspace_bytes(params, &bytes));
+  const Tensor workspace = new_workspace(context, call.on, bytes, counter);
+  params.select.workspace = static_cast<char*>(workspace.data_ptr()) + kCounterBytes;
+  context.check(launch_select_grid(params, context.sm(), context.stream()));
+  keep_short(context, params.select, call.dense_below);
+  return workspace;
 }
 
 std::tuple<Tensor, Tensor> run(const GridCall& call) {
@@ -59,13 +65,7 @@ std::tuple<Tensor, Tensor> run(const GridCall& call) {
   const NvtxRange range("prism.select");
   check_key_blocks(call);
   const Mask mask = new_mask(call.on, call.shape, call.blocks);
-  GridParams params = grid_params(call, mask);
-  int64_t bytes = 0;
-  context.check(grid_workspace_bytes(params, &bytes));
-  const Tensor workspace = new_workspace(call.on, bytes);
-  params.select.workspace = workspace.data_ptr();
-  context.check(launch_select_grid(params, context.sm(), context.stream()));
-  keep_short(context, params.select, call.dense_below);
+  select(context, call, mask);
   return {mask.bits, mask.counts};
 }
 

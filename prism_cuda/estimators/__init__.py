@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prism_cuda.config import MAX_HEAD_DIM, PrismConfig
 from prism_cuda.estimators.bands import TwoBands
-from prism_cuda.estimators.base import Estimator, rules_of
+from prism_cuda.estimators.base import Estimator, batch_keywords, rules_of
 from prism_cuda.estimators.function import ByFunction, EstimatorFunction
 from prism_cuda.estimators.grid import Grid
 from prism_cuda.remember import remembered
@@ -69,4 +69,4 @@ def op_arguments(
     return _estimators[name].op_arguments(config, head_dim, q_heads)
 
 
-__all__ = ["Estimator", "get", "op_arguments", "register_estimator"]
+__all__ = ["Estimator", "batch_keywords", "get", "op_arguments", "register_estimator"]

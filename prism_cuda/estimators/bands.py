@@ -10,7 +10,7 @@ from prism_cuda import ops
 from prism_cuda.bands import Bands
 from prism_cuda.batch import Batch
 from prism_cuda.config import PrismConfig
-from prism_cuda.estimators.base import Estimator, KeyState, batch_keywords, rules_of
+from prism_cuda.estimators.base import Estimator, KeyState, Prompt, batch_keywords, rules_of
 from prism_cuda.heads import Selection, each_choice, take
 from prism_cuda.reference import estimation_width
 from prism_cuda.remember import remembered
@@ -51,14 +51,8 @@ class TwoBands(Estimator):
             pooled = self.pool_keys(k, config)  # once for all bands
         return _select(q, k, pooled, config, of_heads, causal)
 
-    def new_state(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> KeyState:
-        return _Means(shape, max_len, config, device)
+    def new_state(self, prompt: Prompt, config: PrismConfig) -> KeyState:
+        return _Means(prompt, config)
 
 
 @remembered
@@ -169,14 +163,8 @@ def running_sums(head_dim: int) -> int:
 class _Means(KeyState):
     """A mean per block of keys, and the sums of the last, unfinished block."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> None:
-        *heads, head_dim = shape
+    def __init__(self, prompt: Prompt, config: PrismConfig) -> None:
+        *heads, head_dim, max_len, device = prompt
         self._config = config
         self.unit = config.block_sizes[1]
         blocks = -(-max_len // self.unit)

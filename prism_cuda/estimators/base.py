@@ -49,6 +49,16 @@ def rules_of(config: PrismConfig, estimator: str, q_heads: int) -> Rules:
     return Rules(values, keep_above, config.keep_sink, config.keep_recent)
 
 
+class Prompt(NamedTuple):
+    """The keys that a prompt may grow to."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    max_len: int
+    device: torch.device | str
+
+
 class KeyState(ABC):
     """What an estimator keeps of the keys of a prompt that grows chunk by chunk.
 
@@ -104,14 +114,8 @@ class Estimator(ABC):
         """Bits and counts as prism::sparse_attention takes them."""
 
     @abstractmethod
-    def new_state(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> KeyState:
-        """The state of an empty prompt; shape is (B, Hkv, D)."""
+    def new_state(self, prompt: Prompt, config: PrismConfig) -> KeyState:
+        """The state of an empty prompt."""
 
 
 def batch_keywords(batch: Batch | None, config: PrismConfig) -> dict[str, object]:

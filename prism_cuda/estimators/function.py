@@ -9,7 +9,7 @@ import torch
 from prism_cuda.batch import Batch
 from prism_cuda.block_mask import BlockMask
 from prism_cuda.config import PrismConfig
-from prism_cuda.estimators.base import Estimator, KeyState
+from prism_cuda.estimators.base import Estimator, KeyState, Prompt
 from prism_cuda.heads import Selection
 
 
@@ -67,13 +67,7 @@ class ByFunction(Estimator):
             )
         return mask.bits, mask.counts
 
-    def new_state(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> KeyState:
+    def new_state(self, prompt: Prompt, config: PrismConfig) -> KeyState:
         return _NoState(self, config)
 
 

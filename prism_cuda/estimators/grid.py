@@ -7,7 +7,7 @@ import torch
 from prism_cuda import ops
 from prism_cuda.batch import Batch
 from prism_cuda.config import PrismConfig
-from prism_cuda.estimators.base import Estimator, KeyState, batch_keywords, rules_of
+from prism_cuda.estimators.base import Estimator, KeyState, Prompt, batch_keywords, rules_of
 from prism_cuda.heads import Selection
 from prism_cuda.reference import CELL_TOKENS, estimation_width
 
@@ -41,14 +41,8 @@ class Grid(Estimator):
             **batch_keywords(batch, config),
         )
 
-    def new_state(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> KeyState:
-        return _Cells(shape, max_len, config, device)
+    def new_state(self, prompt: Prompt, config: PrismConfig) -> KeyState:
+        return _Cells(prompt, config)
 
 
 class _Cells(KeyState):
@@ -56,14 +50,8 @@ class _Cells(KeyState):
 
     unit = CELL_TOKENS
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> None:
-        *heads, head_dim = shape
+    def __init__(self, prompt: Prompt, config: PrismConfig) -> None:
+        *heads, head_dim, max_len, device = prompt
         self._config = config
         cells = -(-max_len // CELL_TOKENS)
         width = 2 * estimation_width(head_dim)

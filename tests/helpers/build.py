@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from helpers import call, inputs, oracle
+from helpers import call, fp8, inputs, oracle
 from helpers.cases import AttentionCase, PoolCase, SelectCase
+from helpers.oracle import Attention
+from helpers.poison import poisoned_allocations
 
 
 @dataclass
@@ -22,8 +24,24 @@ class AttentionInputs:
     counts: Tensor
     settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
 
+    scales: dict[str, Any] = field(default_factory=dict)  # k_scale and v_scale of fp8
+
     def op_arguments(self) -> tuple[Tensor, ...]:
         return self.q, self.k, self.v, self.bits, self.counts
+
+    def run(self, **options: Any) -> tuple[Tensor, Tensor]:
+        options = self.settings | self.scales | options
+        with poisoned_allocations():
+            return torch.ops.prism.sparse_attention(*self.op_arguments(), **options)
+
+    def expected(self) -> tuple[Attention, Tensor]:
+        """Float64 results, and the same in plain PyTorch."""
+        attend = fp8.attention if self.k.dtype == fp8.FP8 else oracle.attention_and_plain
+        return attend(self.q, self.k, self.v, self.mask, **self.scales, **self.settings)
+
+    def by_head(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Results in the shape of the expected ones."""
+        return out, lse
 
 
 def attention_inputs(
@@ -33,7 +51,7 @@ def attention_inputs(
     seed: int = 0,
     kv_dtype: torch.dtype | None = None,
 ) -> AttentionInputs:
-    """q in `dtype`, k and v in `kv_dtype` if it is given."""
+    """q in `dtype`, k and v in `kv_dtype` if it is given: fp8 ones get scales."""
 
     def make(heads: int, length: int, offset: int) -> Tensor:
         return inputs.tensor(
@@ -72,6 +90,7 @@ def attention_inputs(
             "softcap": case.softcap,
             "window_left": case.window_left,
         },
+        fp8.scales(case.kv_heads, device) if kv_dtype == fp8.FP8 else {},
     )
 
 

@@ -10,7 +10,9 @@ B128_64 = (128, 64)
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class Case:
+    """The shape of a call."""
+
     name: str
     q_len: int
     k_len: int
@@ -20,6 +22,10 @@ class AttentionCase:
     head_dim: int = 64
     blocks: tuple[int, int] = B64
     causal: bool = True
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
     layout: str = "contiguous"
     values: str = "normal"
     mask: str = "random"
@@ -254,16 +260,7 @@ POOL_GROUPS: dict[str, tuple[PoolCase, ...]] = {
 
 
 @dataclass(frozen=True)
-class SelectCase:
-    name: str
-    q_len: int
-    k_len: int
-    batch: int = 1
-    q_heads: int = 2
-    kv_heads: int = 2
-    head_dim: int = 64
-    blocks: tuple[int, int] = B64
-    causal: bool = True
+class SelectCase(Case):
     high: int | None = 32  # None: the band is empty
     low: int | None = 48
     top_p: float = 0.8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,55 @@ ROUNDING = {torch.bfloat16: 1.5 * 2.0**-8, torch.float16: 1.5 * 2.0**-11, torch.
 
 class Mismatch(AssertionError):
     """A result that differs from its oracle."""
+
+
+def assert_same(got: Tensor | Iterable[Tensor], want: Tensor | Iterable[Tensor]) -> None:
+    """Results of ops are the same, bit by bit."""
+    pairs = ([x] if isinstance(x, Tensor) else x for x in (got, want))
+    for a, b in zip(*pairs, strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_repeats(call: Callable[[], Tensor | Iterable[Tensor]]) -> None:
+    first = call()
+    for _ in range(3):
+        assert_same(call(), first)
+
+
+def assert_replay_follows(
+    call: Callable[..., Iterable[Tensor]],
+    static: Sequence[Tensor],
+    others: Iterable[Sequence[Tensor]],
+) -> None:
+    """A CUDA graph captured over `static` gives what `call` does whatever is copied there."""
+    call(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = tuple(call(*static))
+    for other in others:
+        for old, new in zip(static, other, strict=True):
+            old.copy_(new)
+        for result in captured:
+            result.fill_(-1)
+        graph.replay()
+        assert_same(captured, call(*static))
+
+
+def assert_streams_share_nothing(calls: Sequence[Callable[[], Iterable[Tensor]]]) -> None:
+    """Calls in flight on streams of their own give what each gives alone."""
+    want = [call() for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    results: list[list[Iterable[Tensor]]] = [[] for _ in calls]
+    for _ in range(10):
+        for call, stream, made in zip(calls, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                made.append(call())
+    torch.cuda.synchronize()
+    for made, expected in zip(results, want, strict=True):
+        for result in made:
+            assert_same(result, expected)
 
 
 def _at(mask: Tensor) -> list[tuple[int, ...]]:

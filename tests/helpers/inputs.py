@@ -55,7 +55,7 @@ def lay_out(x: Tensor, layout: str, device: str) -> Tensor:
 
 
 def tensor(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
     device: str,
     *,

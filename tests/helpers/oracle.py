@@ -5,9 +5,12 @@ Nothing here calls or imports prism_cuda: a mistake there cannot be repeated her
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +96,35 @@ class Attention:
     score_terms: Tensor  # (B, Hq, q_len): largest sum of |q_i k_i| * scale over the visible keys
 
 
+def _rows_and_masks(
+    q: Tensor,
+    k: Tensor,
+    block_mask: Tensor,
+    q_block_size: int,
+    k_block_size: int,
+    causal: bool,
+    window_left: int | None,
+) -> Iterator[tuple[int, int, int, slice, Tensor]]:
+    """Batch element, head, key head, some rows and which keys each of those sees."""
+    batch, q_heads, q_len, _ = q.shape
+    kv_heads, k_len = k.shape[1], k.shape[2]
+    if k_len == 0:
+        return
+    keys = torch.arange(k_len, device=q.device)
+    positions = token_positions(q_len, k_len, q.device)
+    for b, h, start in itertools.product(
+        range(batch), range(q_heads), range(0, q_len, ROWS_AT_A_TIME)
+    ):
+        rows = slice(start, min(start + ROWS_AT_A_TIME, q_len))
+        row_block = torch.arange(rows.start, rows.stop, device=q.device) // q_block_size
+        token_mask = block_mask[b, h][row_block][:, keys // k_block_size]
+        if causal:
+            token_mask = token_mask & (keys[None, :] <= positions[rows, None])
+        if window_left is not None:
+            token_mask = token_mask & (keys[None, :] + window_left >= positions[rows, None])
+        yield b, h, h // (q_heads // kv_heads), rows, token_mask
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -107,41 +139,24 @@ def attention(
     window_left: int | None = None,
 ) -> Attention:
     """Dense attention under the token mask that `block_mask` (B, Hq, Nq, Nk) stands for."""
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros(batch, q_heads, q_len, head_dim, dtype=torch.float64, device=q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     magnitude = torch.zeros_like(out)
-    lse = torch.full((batch, q_heads, q_len), -math.inf, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64, device=q.device)
     score_terms = torch.zeros_like(lse)
-    if k_len == 0:
-        return Attention(out, lse, magnitude, score_terms)
-
-    keys = torch.arange(k_len, device=q.device)
-    positions = token_positions(q_len, k_len, q.device)
-    for b in range(batch):
-        for h in range(q_heads):
-            g = h // (q_heads // kv_heads)
-            kd, vd = k[b, g].double(), v[b, g].double()
-            for start in range(0, q_len, ROWS_AT_A_TIME):
-                rows = slice(start, min(start + ROWS_AT_A_TIME, q_len))
-                row_block = torch.arange(rows.start, rows.stop, device=q.device) // q_block_size
-                token_mask = block_mask[b, h][row_block][:, keys // k_block_size]
-                if causal:
-                    token_mask = token_mask & (keys[None, :] <= positions[rows, None])
-                if window_left is not None:
-                    token_mask = token_mask & (keys[None, :] + window_left >= positions[rows, None])
-                qd = q[b, h, rows].double()
-                scores = qd @ kd.T * scale
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                scores = scores.masked_fill(~token_mask, -math.inf)
-                lse[b, h, rows] = torch.logsumexp(scores, dim=-1)
-                weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-                out[b, h, rows] = weights @ vd
-                magnitude[b, h, rows] = weights @ vd.abs()
-                terms = (qd.abs() @ kd.abs().T * abs(scale)).masked_fill(~token_mask, 0.0)
-                score_terms[b, h, rows] = terms.amax(dim=-1)
+    sizes = (q_block_size, k_block_size)
+    for b, h, g, rows, seen in _rows_and_masks(q, k, block_mask, *sizes, causal, window_left):
+        qd, kd, vd = q[b, h, rows].double(), k[b, g].double(), v[b, g].double()
+        scores = qd @ kd.T * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~seen, -math.inf)
+        lse[b, h, rows] = torch.logsumexp(scores, dim=-1)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        out[b, h, rows] = weights @ vd
+        magnitude[b, h, rows] = weights @ vd.abs()
+        terms = (qd.abs() @ kd.abs().T * abs(scale)).masked_fill(~seen, 0.0)
+        score_terms[b, h, rows] = terms.amax(dim=-1)
     return Attention(out, lse, magnitude, score_terms)
 
 
@@ -165,33 +180,22 @@ def low_precision_attention(
     device = q.device
     if "PRISM_YARDSTICK_ON_CPU" in os.environ:
         q, k, v, block_mask = (x.cpu() for x in (q, k, v, block_mask))
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, k_len = k.shape[1], k.shape[2]
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    if k_len == 0:
-        return out.to(device)
-    keys = torch.arange(k_len, device=q.device)
-    positions = token_positions(q_len, k_len, q.device)
-    for b in range(batch):
-        for h in range(q_heads):
-            g = h // (q_heads // kv_heads)
-            for start in range(0, q_len, ROWS_AT_A_TIME):
-                rows = slice(start, min(start + ROWS_AT_A_TIME, q_len))
-                row_block = torch.arange(rows.start, rows.stop, device=q.device) // q_block_size
-                token_mask = block_mask[b, h][row_block][:, keys // k_block_size]
-                if causal:
-                    token_mask = token_mask & (keys[None, :] <= positions[rows, None])
-                if window_left is not None:
-                    token_mask = token_mask & (keys[None, :] + window_left >= positions[rows, None])
-                scores = (q[b, h, rows] @ k[b, g].T) * scale
-                if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                weights = torch.softmax(
-                    scores.float().masked_fill(~token_mask, -math.inf), dim=-1
-                ).nan_to_num(0.0)
-                out[b, h, rows] = weights.to(q.dtype) @ v[b, g]
+    sizes = (q_block_size, k_block_size)
+    for b, h, g, rows, seen in _rows_and_masks(q, k, block_mask, *sizes, causal, window_left):
+        scores = (q[b, h, rows] @ k[b, g].T) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.float().masked_fill(~seen, -math.inf)
+        weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)
+        out[b, h, rows] = weights.to(q.dtype) @ v[b, g]
     return out.to(device)
+
+
+def attention_and_plain(*tensors: Tensor, **settings: Any) -> tuple[Attention, Tensor]:
+    """Both of the above."""
+    return attention(*tensors, **settings), low_precision_attention(*tensors, **settings)
 
 
 @dataclass

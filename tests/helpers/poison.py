@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch.utils import deterministic
+import torch.utils.deterministic
+
+# A module whose one attribute is a property that torch adds as it is loaded.
+deterministic: Any = torch.utils.deterministic
 
 
 @contextmanager

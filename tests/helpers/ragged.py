@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from helpers import fp8, inputs, oracle
 from helpers.cases import B128, B128_64
 from helpers.oracle import Attention
+from helpers.poison import poisoned_allocations
 
 # (queries, keys): one token, around a block, nothing, a prefix, more queries than keys.
 LENGTHS = (
@@ -45,6 +46,7 @@ class RaggedCase:
     sinks: bool = False
     softcap: float | None = None
     window_left: int | None = None
+    drift: bool = False  # keys differ from block to block, or from page to page
 
 
 RAGGED_GROUPS: dict[str, tuple[RaggedCase, ...]] = {
@@ -111,7 +113,7 @@ class RaggedInputs:
     mask: Tensor  # (B, Hq, Nq, Nk) bool
     tensors: dict[str, Any]  # the op's other tensors and lengths, by name
     settings: dict[str, Any]  # scale, causal, block sizes: the op's and the oracle's names
-    scales: dict[str, Tensor] = field(default_factory=dict)  # k_scale and v_scale of fp8
+    scales: dict[str, Any] = field(default_factory=dict)  # k_scale and v_scale of fp8
     keys: list[Tensor] = field(default_factory=list)  # (Hkv, k_len, D) of every sequence
     values: list[Tensor] = field(default_factory=list)
 
@@ -123,6 +125,34 @@ class RaggedInputs:
     def where(self) -> dict[str, Any]:
         """What says where the sequences are."""
         return {name: x for name, x in self.tensors.items() if name != "sinks"}
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        with poisoned_allocations():
+            return torch.ops.prism.sparse_attention(**self.op_arguments())
+
+    def expected(self) -> tuple[Attention, Tensor]:
+        """(1, Hq, total_q, ...) float64 results, and the same in plain PyTorch."""
+        results, plains = [], []
+        q_size, k_size = self.settings["q_block_size"], self.settings["k_block_size"]
+        attend = fp8.attention if self.k.dtype == fp8.FP8 else oracle.attention_and_plain
+        for b, rows in enumerate(self.rows()):
+            q = self.q[rows].transpose(0, 1)[None]
+            k, v = self.keys[b][None], self.values[b][None]
+            q_blocks = oracle.ceil_div(q.shape[2], q_size)
+            k_blocks = oracle.ceil_div(k.shape[2], k_size)
+            mask = self.mask[b : b + 1, :, :q_blocks, :k_blocks]
+            result, plain = attend(q, k, v, mask, **self.scales, **self.settings)
+            results.append(result)
+            plains.append(plain)
+        names = (field.name for field in fields(Attention))
+        want = Attention(*(torch.cat([getattr(r, name) for r in results], 2) for name in names))
+        plain = torch.cat(plains, dim=2)
+        sinks = self.tensors["sinks"]
+        return (want, plain) if sinks is None else add_sinks(want, plain, sinks)
+
+    def by_head(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Results in the shape of the expected ones."""
+        return out.transpose(0, 1)[None], lse[None]
 
     def rows(self) -> list[slice]:
         ends = self.tensors["cu_seqlens_q"].tolist()
@@ -144,6 +174,8 @@ def _packed(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dic
     ends = made["cu_seqlens_k"].tolist()
     for i, name in enumerate("kv"):
         x = _rows(shape, dtype, device, seed + i, case.odd_stride)
+        if case.drift:
+            x += _drift(len(x) // 64 + 1, shape, seed).repeat_interleave(64, 0)[: len(x)].to(x)
         parts = []
         for start, (_, k_len) in zip(ends, case.lengths, strict=False):
             parts.append(x[start : start + k_len].transpose(0, 1).clone())
@@ -178,6 +210,8 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
     for i, name in enumerate("kv"):
         shape = (len(filled), size, case.kv_heads, case.head_dim)
         x = inputs.values(shape, "normal", dtype, seed + i).float()
+        if case.drift:
+            x += _drift(len(x), shape[1:], seed)[:, None]
         x[~filled] = torch.nan
         x = x.to(dtype)
         if case.heads_first:
@@ -190,8 +224,12 @@ def _paged(case: RaggedCase, dtype: torch.dtype, device: str, seed: int) -> dict
     return made
 
 
+def _drift(count: int, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(count, *shape[1:], generator=inputs.generator(seed + 8))
+
+
 def _rows(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: str, seed: int, odd_stride: bool
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int, odd_stride: bool
 ) -> Tensor:
     layout = "odd_stride" if odd_stride else "contiguous"
     return inputs.tensor((1, *shape), dtype, device, seed=seed, layout=layout)[0]
@@ -268,32 +306,3 @@ def add_sinks(want: Attention, plain: Tensor, sinks: Tensor) -> tuple[Attention,
         replace(want, out=want.out * share, magnitude=want.magnitude * share, lse=lse),
         (plain * share).to(plain.dtype),
     )
-
-
-def expected(case: RaggedInputs) -> tuple[Attention, Tensor]:
-    """(1, Hq, total_q, ...) float64 results, and the same in plain PyTorch."""
-    results, plains = [], []
-    q_size, k_size = case.settings["q_block_size"], case.settings["k_block_size"]
-    for b, rows in enumerate(case.rows()):
-        q = case.q[rows].transpose(0, 1)[None]
-        k, v = case.keys[b][None], case.values[b][None]
-        q_blocks = oracle.ceil_div(q.shape[2], q_size)
-        k_blocks = oracle.ceil_div(k.shape[2], k_size)
-        mask = case.mask[b : b + 1, :, :q_blocks, :k_blocks]
-        if case.scales:
-            result, plain = fp8.attention(q, k, v, mask, **case.scales, **case.settings)
-        else:
-            result = oracle.attention(q, k, v, mask, **case.settings)
-            plain = oracle.low_precision_attention(q, k, v, mask, **case.settings)
-        results.append(result)
-        plains.append(plain)
-    want = Attention(
-        *(
-            torch.cat([getattr(r, name) for r in results], dim=2)
-            for name in ("out", "lse", "magnitude", "score_terms")
-        )
-    )
-    plain = torch.cat(plains, dim=2)
-    if case.tensors["sinks"] is not None:
-        return add_sinks(want, plain, case.tensors["sinks"])
-    return want, plain

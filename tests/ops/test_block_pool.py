@@ -7,7 +7,7 @@ import torch
 from helpers import inputs, oracle
 from helpers.build import pool_input
 from helpers.cases import POOL_GROUPS, PoolCase
-from helpers.compare import check_means
+from helpers.compare import assert_repeats, check_means
 from helpers.params import case_params, device_dtype_params, needs_cuda
 from helpers.poison import poisoned_allocations
 
@@ -70,8 +70,7 @@ def test_nan_stays_in_its_block_and_dimension(device: str) -> None:
 
 def test_repeats_are_bit_identical(device: str) -> None:
     x = inputs.tensor((2, 3, 333, 128), torch.bfloat16, device, seed=8, layout="length_first")
-    first = run(x, 128)
-    assert all(torch.equal(first, run(x, 128)) for _ in range(3))
+    assert_repeats(lambda: run(x, 128))
 
 
 def test_layouts_are_bit_identical(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.compare import check_selection
 
 import prism_cuda
 from prism_cuda import ChunkedPrefill, PrismConfig
+from prism_cuda.bands import Bands
 from prism_cuda.block_mask import BlockMask
 
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -35,7 +37,7 @@ def prompt(device: str, length: int = 1024, seed: int = 0) -> Qkv:
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Float64 causal attention."""
-    full = BlockMask.full(*q.shape[:3], k.shape[2], q_block_size=64, k_block_size=64)
+    full = BlockMask.full(1, HEADS, q.shape[2], k.shape[2], q_block_size=64, k_block_size=64)
     return oracle.attention(
         q, k, v, full.to_dense().to(q.device), q_block_size=64, k_block_size=64, causal=True
     ).out
@@ -83,6 +85,8 @@ def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
 ) -> None:
     config = replace(SPARSE, block_size=block_size)
     q_block, k_block = config.block_sizes
+    bands = config.resolve_bands(DIM)
+    assert isinstance(bands, Bands)
     chunked = state(config, device)
     for q, k, v in chunks(prompt(device), cuts):
         out, mask = chunked.prefill(q, k, v, return_mask=True)
@@ -92,7 +96,7 @@ def test_a_chunk_selects_from_the_means_of_all_keys_so_far(
             assert mask is None
             continue
         bits, counts = torch.ops.prism.select_bands(
-            q, None, *config.resolve_bands(DIM).ranges, [config.top_p], q_block_size=q_block,
+            q, None, *bands.ranges, [config.top_p], q_block_size=q_block,
             k_block_size=k_block, k_means=means, k_len=k.shape[2],
         )  # fmt: skip
         assert torch.equal(mask.bits, bits)
@@ -138,7 +142,11 @@ def test_on_the_grid_a_chunk_selects_from_the_cells_of_all_keys_so_far(
         assert chunked.length == k.shape[2]
         if mask is None:
             continue
-        rules = {"keep_above": GRID.threshold(0.8, "grid"), "q_block_size": 64, "k_block_size": 64}
+        rules: dict[str, Any] = {
+            "keep_above": GRID.threshold(0.8, "grid"),
+            "q_block_size": 64,
+            "k_block_size": 64,
+        }
         check_selection(mask.to_dense(), oracle.select_grid(q, k, 0.8, **rules))
         assert torch.equal(out, prism_cuda.sparse_attention(q, k, v, mask))
 
@@ -176,11 +184,12 @@ def test_below_p_1_chunks_keep_and_lose_what_one_call_does(
 
 
 def test_settings_per_head_are_those_of_each_head_alone(device: str) -> None:
-    of_heads = [(16, 32), (32, 48), "auto", (16, 32)]
-    config = replace(SPARSE, bands=of_heads, top_p=[0.8] * 3 + [0.6])
+    of_heads: list[Any] = [(16, 32), (32, 48), "auto", (16, 32)]
+    top_p = [0.8] * 3 + [0.6]
+    config = replace(SPARSE, bands=of_heads, top_p=top_p)
     together = state(config, device)
     alone = [
-        state(replace(config, bands=own, top_p=config.top_p[head]), device)
+        state(replace(config, bands=own, top_p=top_p[head]), device)
         for head, own in enumerate(of_heads)
     ]
     for chunk in chunks(prompt(device), CUTS["odd"]):
@@ -290,15 +299,16 @@ def test_settings_for_another_number_of_heads_are_refused(device: str) -> None:
 
 @pytest.mark.parametrize("name", ["sinks", "softcap", "window"])
 def test_scores_are_those_of_prefill(device: str, name: str) -> None:
-    options = {
+    every: dict[str, dict[str, Any]] = {
         "sinks": {"sinks": torch.tensor([0.5, -1.0, 4.0, 2.0], device=device)},
         "softcap": {"softcap": 2.0},
         "window": {"window_left": 100},
-    }[name]
+    }
+    options = every[name]
     growing = state(EXACT, device)
     for q, k, v in chunks(prompt(device), CUTS["short_ones"]):
-        out, mask = growing.prefill(q, k, v, **options, return_mask=True)  # type: ignore[arg-type]
-        want = prism_cuda.prefill(q, k, v, config=EXACT, **options)  # type: ignore[arg-type]
+        out, mask = growing.prefill(q, k, v, **options, return_mask=True)
+        want = prism_cuda.prefill(q, k, v, config=EXACT, **options)
         torch.testing.assert_close(out, want)
         assert growing.length == k.shape[2]
         if mask is not None and name == "window":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from helpers import inputs, oracle
+from helpers.compare import assert_replay_follows, assert_same, assert_streams_share_nothing
 
 import prism_cuda
 from prism_cuda import PrismConfig
@@ -29,12 +31,16 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def qkv(length: int = 1500, seed: int = 0, device: str = "cuda") -> Tensors:
     q, k = inputs.structured_qk(4, 2, length, length + 100, HEAD_DIM, "cpu", seed)
-    v = inputs.tensor(tuple(k.shape), torch.float32, "cpu", seed=seed + 7)  # type: ignore[arg-type]
+    v = inputs.tensor(tuple(k.shape), torch.float32, "cpu", seed=seed + 7)
     return q.bfloat16().to(device), k.bfloat16().to(device), v.bfloat16().to(device)
 
 
 def op_prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
     return torch.ops.prism.prefill(q, k, v, "bands", *BANDS, [0.7])
+
+
+def op_grid(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+    return torch.ops.prism.prefill(q, k, v, "grid", [], [], [0.7])
 
 
 def op_chain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
@@ -61,6 +67,7 @@ def public(config: PrismConfig) -> Callable[..., Any]:
 
 CALLS = {
     "prefill": op_prefill,
+    "grid": op_grid,
     "chain": op_chain,
     "every_block": op_every_block,
     "public": public(CONFIG),
@@ -68,11 +75,6 @@ CALLS = {
     "grid_per_head": public(GRID_PER_HEAD),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-
-
-def assert_same(got: Any, want: Any) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
 
 
 @every_call
@@ -113,42 +115,20 @@ def test_the_profiler_sees_no_synchronisation(call: Callable[..., Any]) -> None:
 
 @every_call
 def test_graph_replay_equals_eager_on_new_inputs(call: Callable[..., Any]) -> None:
-    static = qkv()
-    call(*static)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(*static)
-    for seed in (21, 22):
-        for old, new in zip(static, qkv(seed=seed), strict=True):
-            old.copy_(new)
-        for result in captured:
-            result.fill_(-1)
-        graph.replay()
-        assert_same(captured, call(*static))
+    assert_replay_follows(call, qkv(), (qkv(seed=seed) for seed in (21, 22)))
 
 
 def test_streams_run_side_by_side() -> None:
     """Workspaces and counters of calls in flight must not be shared between streams."""
     batches = [qkv(length, seed) for seed, length in enumerate((1500, 700, 1100))]
-    want = [op_prefill(*tensors) for tensors in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
-    torch.cuda.synchronize()
-    results: list[list[Any]] = [[] for _ in batches]
-    for _ in range(10):
-        for i, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[i].append(op_prefill(*batches[i]))
-    torch.cuda.synchronize()
-    for got, expected in zip(results, want, strict=True):
-        for result in got:
-            assert_same(result, expected)
+    assert_streams_share_nothing([partial(op_prefill, *tensors) for tensors in batches])
 
 
-def test_a_side_stream_orders_the_work() -> None:
+@every_call
+def test_a_side_stream_orders_the_work(call: Callable[..., Any]) -> None:
     """The inputs are written late, on the stream that the call must follow."""
     tensors = qkv()
-    want = op_chain(*tensors)
+    want = call(*tensors)
     late = tuple(torch.zeros_like(x) for x in tensors)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -156,7 +136,7 @@ def test_a_side_stream_orders_the_work() -> None:
         torch.cuda._sleep(50_000_000)
         for x, y in zip(late, tensors, strict=True):
             x.copy_(y)
-        got = op_chain(*late)
+        got = call(*late)
     side.synchronize()
     assert_same(got, want)
 

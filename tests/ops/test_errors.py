@@ -30,7 +30,8 @@ SELECTION: Arguments = {"high_band": HIGH, "low_band": LOW, "top_p": [0.9]}
 
 
 def activation(device: str, heads: int, length: int = 130, **options: Any) -> torch.Tensor:
-    return torch.ones(2, heads, length, 64, **{"device": device, "dtype": torch.bfloat16} | options)
+    options = {"dtype": torch.bfloat16} | options
+    return torch.ones(2, heads, length, 64, device=device, **options)
 
 
 RAGGED = {

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import call, fp8, inputs, oracle
+from helpers.attention import check, inputs_of
 from helpers.build import AttentionInputs, attention_inputs, pool_input
 from helpers.cases import B64, B128, B128_64, AttentionCase, PoolCase
-from helpers.compare import check_attention, check_elements
+from helpers.compare import assert_repeats, assert_same, check_elements
 from helpers.params import case_params, device_dtype_params, needs_cuda
 from helpers.poison import poisoned_allocations
-from helpers.ragged import RaggedCase, RaggedInputs, expected, ragged_inputs, selected_alone
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers.ragged import RaggedCase, ragged_inputs, selected_alone
 
 import prism_cuda
 
 # On Hopper, 128-token query blocks up to head_dim 128 run on its own kernel where the memory
 # layout, softcap and window allow it; the others on the portable one.
-BATCHED = {
+GROUPS: dict[str, tuple[Any, ...]] = {
     "batched": (
         AttentionCase("b64_d64", 256, 256, q_heads=4),
         AttentionCase("b64_d128", 256, 256, head_dim=128),
@@ -49,8 +49,6 @@ BATCHED = {
         AttentionCase("window", 300, 300, head_dim=128, blocks=B128, window_left=70),
         AttentionCase("softcap", 300, 300, head_dim=128, blocks=B128, softcap=3.0),
     ),
-}
-RAGGED = {
     "packed": (
         RaggedCase("b128_d64"),
         RaggedCase("b128_d128", head_dim=128),
@@ -82,7 +80,7 @@ RAGGED = {
         RaggedCase("window_softcap", page_size=64, window_left=50, softcap=5.0, head_dim=128),
     ),
 }
-SANITIZER_BATCHED = (
+SANITIZER_CASES = (
     "batched-b64_d64",
     "batched-b128_d64",
     "batched-b128_d128",
@@ -92,8 +90,6 @@ SANITIZER_BATCHED = (
     "batched-one_token",
     "batched-odd_stride",
     "batched-empty_rows",
-)
-SANITIZER_RAGGED = (
     "packed-b128_d128",
     "packed-unused_rows",
     "packed-empty_rows",
@@ -103,52 +99,22 @@ SANITIZER_RAGGED = (
     "paged-page_64_d64",
     "paged-shared_prefix",
 )
-Scales = dict[str, torch.Tensor]
 
 
-def run(case: AttentionInputs, scales: Scales) -> tuple[torch.Tensor, torch.Tensor]:
-    with poisoned_allocations():
-        return torch.ops.prism.sparse_attention(*case.op_arguments(), **case.settings, **scales)
+def make(case: AttentionCase, dtype: torch.dtype, device: str) -> AttentionInputs:
+    return attention_inputs(case, dtype, device, kv_dtype=fp8.FP8)
 
 
-def run_ragged(case: RaggedInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    with poisoned_allocations():
-        return torch.ops.prism.sparse_attention(**case.op_arguments())
+def run(case: AttentionInputs, scales: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return replace(case, scales=scales).run()
 
 
-def make(case: AttentionCase, dtype: torch.dtype, device: str, seed: int = 0) -> AttentionInputs:
-    return attention_inputs(case, dtype, device, seed, kv_dtype=fp8.FP8)
-
-
-def check(case: AttentionInputs, scales: Scales) -> None:
-    out, lse = run(case, scales)
-    assert out.dtype == case.q.dtype
-    assert lse.dtype == torch.float32
-    want = fp8.attention(case.q, case.k, case.v, case.mask, **scales, **case.settings)
-    check_attention(out, lse, *want)
-
-
-def check_ragged(case: RaggedInputs) -> None:
-    out, lse = run_ragged(case)
-    assert out.dtype == case.q.dtype
-    want, plain = expected(case)
-    check_attention(out.transpose(0, 1)[None], lse[None], want, plain)
-
-
-@pytest.mark.parametrize("case", case_params(BATCHED, SANITIZER_BATCHED))
+@pytest.mark.parametrize("case", case_params(GROUPS, SANITIZER_CASES))
 @pytest.mark.parametrize(("on", "dtype"), device_dtype_params())
-def test_matches_float64(case: AttentionCase, on: str, dtype: torch.dtype) -> None:
+def test_matches_float64(case: Any, on: str, dtype: torch.dtype) -> None:
     if on == "cuda":
         needs_cuda()
-    check(make(case, dtype, on), fp8.scales(case.kv_heads, on))
-
-
-@pytest.mark.parametrize("case", case_params(RAGGED, SANITIZER_RAGGED))
-@pytest.mark.parametrize(("on", "dtype"), device_dtype_params())
-def test_ragged_batch_matches_float64(case: RaggedCase, on: str, dtype: torch.dtype) -> None:
-    if on == "cuda":
-        needs_cuda()
-    check_ragged(ragged_inputs(case, dtype, on, kv_dtype=fp8.FP8))
+    check(inputs_of(case, dtype, on, fp8.FP8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -159,7 +125,7 @@ def test_growing_maxima_match_float64(
     case = AttentionCase(
         "rising", 300, 900, head_dim=head_dim, blocks=blocks, values="rising", mask="full"
     )
-    check(make(case, dtype, device), fp8.scales(2, device))
+    check(make(case, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -170,10 +136,10 @@ def test_portable_kernel_matches_float64(
     for head_dim in (64, 96, 128):
         for blocks in (B128, B128_64):
             case = AttentionCase("portable", 300, 700, q_heads=4, head_dim=head_dim, blocks=blocks)
-            check(make(case, dtype, cuda), fp8.scales(2, cuda))
+            check(make(case, dtype, cuda))
     for page_size in (1, 64):
         paged = RaggedCase("portable", page_size=page_size, head_dim=128)
-        check_ragged(ragged_inputs(paged, dtype, cuda, kv_dtype=fp8.FP8))
+        check(ragged_inputs(paged, dtype, cuda, kv_dtype=fp8.FP8))
 
 
 @pytest.mark.parametrize("columns", [8, 40, 72, 120, 200])
@@ -182,7 +148,7 @@ def test_rows_that_end_within_16_bytes(device: str, columns: int) -> None:
     shape = AttentionCase("part", 150, 300, q_heads=4, head_dim=256, blocks=B128)
     case = make(shape, torch.bfloat16, device)
     case.q, case.k, case.v = (x[..., :columns] for x in (case.q, case.k, case.v))
-    check(case, fp8.scales(2, device))
+    check(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -218,8 +184,7 @@ def test_scales_of_powers_of_two_change_no_bit(device: str) -> None:
         out, lse = run(case, {})
         ones = {name: torch.ones(2, device=device) for name in ("k_scale", "v_scale")}
         case.settings["scale"] = head_dim**-0.5
-        for got, want in zip(run(case, ones), (out, lse), strict=True):
-            assert torch.equal(got, want)
+        assert_same(run(case, ones), (out, lse))
         factors = torch.tensor([2.0**40, 2.0**-40], device=device)
         tiny = torch.full((2,), 2.0**-30, device=device)
         case.settings["scale"] = head_dim**-0.5 * 2.0**30
@@ -232,7 +197,7 @@ def test_scales_of_powers_of_two_change_no_bit(device: str) -> None:
 def test_one_scale_is_enough(device: str) -> None:
     case = make(AttentionCase("one", 150, 150, q_heads=4, blocks=B128), torch.bfloat16, device)
     for name, scale in fp8.scales(2, device).items():
-        check(case, {name: scale})
+        check(replace(case, scales={name: scale}))
 
 
 def test_unkept_blocks_and_slots_past_the_end_change_nothing(device: str) -> None:
@@ -248,8 +213,7 @@ def test_unkept_blocks_and_slots_past_the_end_change_nothing(device: str) -> Non
         y[:, :, :128] = x[:, :, :128]
         longer.append(y[:, :, :250])
     case.k, case.v = longer
-    for got, expect in zip(run(case, {}), want, strict=True):
-        assert torch.equal(got, expect)
+    assert_same(run(case, {}), want)
 
 
 def test_repeats_are_bit_identical(device: str) -> None:
@@ -258,38 +222,7 @@ def test_repeats_are_bit_identical(device: str) -> None:
         torch.bfloat16,
         device,
     )
-    first = run(case, {})
-    for _ in range(3):
-        for got, want in zip(run(case, {}), first, strict=True):
-            assert torch.equal(got, want)
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(
-    lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 400)), min_size=1, max_size=5),
-    page_size=st.sampled_from([None, 1, 8, 16, 32, 64, 128, 256]),
-    head_dim=st.sampled_from([64, 128, 256]),
-    blocks=st.sampled_from([B64, B128_64, B128]),
-    causal=st.booleans(),
-    mask=st.sampled_from(["full", "random", "alternating_empty", "first_only"]),
-)
-@pytest.mark.parametrize("on", ["cpu", "cuda"])
-def test_any_batch_matches_float64(
-    on: str,
-    lengths: list[tuple[int, int]],
-    page_size: int | None,
-    head_dim: int,
-    blocks: tuple[int, int],
-    causal: bool,
-    mask: str,
-) -> None:
-    if on == "cuda":
-        needs_cuda()
-    case = RaggedCase(
-        "drawn", tuple(lengths), q_heads=4, kv_heads=2, head_dim=head_dim, blocks=blocks,
-        causal=causal, page_size=page_size, mask=mask,
-    )  # fmt: skip
-    check_ragged(ragged_inputs(case, torch.bfloat16, on, kv_dtype=fp8.FP8))
+    assert_repeats(lambda: run(case, {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -300,7 +233,7 @@ def test_long_input_matches_float64(
     case = AttentionCase(
         "long", 8192 - 77, 8192, q_heads=4, head_dim=head_dim, blocks=blocks, layout="length_first"
     )
-    check(make(case, dtype, cuda), fp8.scales(2, cuda))
+    check(make(case, dtype, cuda))
 
 
 # Selection: codes are exact in bfloat16, so everything has to be equal bit by bit to the same of
@@ -379,13 +312,15 @@ def test_select_bands_of_a_ragged_batch(device: str, head_dim: int, page_size: i
 def test_prefill_is_selection_and_attention(device: str) -> None:
     q, k, k_scale = structured(128, device)
     v = inputs.tensor((1, 2, 1100, 128), fp8.FP8, device, seed=5)
-    scales = {"k_scale": k_scale, "v_scale": torch.tensor([0.5, 3.0], device=device)}
+    scales: dict[str, Any] = {
+        "k_scale": k_scale,
+        "v_scale": torch.tensor([0.5, 3.0], device=device),
+    }
     rules = bands_and_rules(128)
     got = call.prefill(q, k, v, "bands", **rules, **scales)
     mask = call.select_bands(q, k, **rules, k_scale=k_scale)
     want = torch.ops.prism.sparse_attention(q, k, v, *mask, **scales)
-    for a, b in zip(got, (*want, *mask), strict=True):
-        assert torch.equal(a, b)
+    assert_same(got, (*want, *mask))
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

@@ -53,17 +53,14 @@ def test_wrong_shape_is_found() -> None:
 def _attention() -> tuple[oracle.Attention, torch.Tensor]:
     case = attention_inputs(AttentionCase("x", 200, 200, mask="full"), torch.bfloat16, "cpu")
     arguments = (case.q, case.k, case.v, case.mask)
-    return (
-        oracle.attention(*arguments, **case.settings),  # type: ignore[arg-type]
-        oracle.low_precision_attention(*arguments, **case.settings),  # type: ignore[arg-type]
-    )
+    return oracle.attention_and_plain(*arguments, **case.settings)
 
 
 def test_oracle_agrees_with_sdpa_in_float64() -> None:
     case = attention_inputs(
         AttentionCase("x", 150, 187, q_heads=4, mask="full"), torch.float32, "cpu"
     )
-    got = oracle.attention(case.q, case.k, case.v, case.mask, **case.settings)  # type: ignore[arg-type]
+    got = oracle.attention(case.q, case.k, case.v, case.mask, **case.settings)
     seen = torch.ones(150, 187, dtype=torch.bool).tril(37)
     dense = torch.nn.functional.scaled_dot_product_attention(
         case.q.double(), case.k.double(), case.v.double(), attn_mask=seen, enable_gqa=True
@@ -89,7 +86,7 @@ def test_a_row_that_misses_one_key_is_found() -> None:
     want, plain = _attention()
     case = attention_inputs(AttentionCase("x", 200, 200, mask="full"), torch.bfloat16, "cpu")
     case.v[:, :, 40] = 0
-    without = oracle.attention(case.q, case.k, case.v, case.mask, **case.settings)  # type: ignore[arg-type]
+    without = oracle.attention(case.q, case.k, case.v, case.mask, **case.settings)
     with pytest.raises(Mismatch, match="out: "):
         check_attention(without.out.bfloat16(), want.lse.float(), want, plain)
 

@@ -1,4 +1,4 @@
-"""prism::sparse_attention of ragged batches against float64 attention of every sequence alone."""
+"""prism::sparse_attention of ragged batches beyond the table of cases: lengths, pages and sinks."""
 
 from __future__ import annotations
 
@@ -7,62 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import oracle
+from helpers import fp8, oracle
+from helpers.attention import check
 from helpers.build import attention_inputs
 from helpers.cases import B128, B128_64, AttentionCase
-from helpers.compare import check_attention
-from helpers.params import case_params, device_dtype_params, needs_cuda
-from helpers.poison import poisoned_allocations
-from helpers.ragged import (
-    LENGTHS,
-    RAGGED_GROUPS,
-    RaggedCase,
-    RaggedInputs,
-    add_sinks,
-    expected,
-    ragged_inputs,
-)
+from helpers.compare import assert_same, check_attention
+from helpers.params import needs_cuda
+from helpers.ragged import LENGTHS, RaggedCase, add_sinks, ragged_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prism_cuda  # noqa: F401  registers the ops
-
-SANITIZER_CASES = (
-    "packed-b128_64_d128",
-    "packed-b64_d128",
-    "packed-unused_rows",
-    "packed-odd_stride",
-    "packed-empty_rows",
-    "paged-page_1",
-    "paged-page_16_d128",
-    "paged-page_256_d256",
-    "paged-shared_prefix",
-    "packed-window_0_d256",
-    "paged-window_page_16_d128",
-)
-
-
-def run(case: RaggedInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    with poisoned_allocations():
-        return torch.ops.prism.sparse_attention(**case.op_arguments())
-
-
-def check(case: RaggedInputs) -> None:
-    out, lse = run(case)
-    assert out.dtype == case.q.dtype
-    assert out.shape == case.q.shape
-    assert lse.dtype == torch.float32
-    assert lse.is_contiguous()
-    want, plain = expected(case)
-    check_attention(out.transpose(0, 1)[None], lse[None], want, plain)
-
-
-@pytest.mark.parametrize("case", case_params(RAGGED_GROUPS, SANITIZER_CASES))
-@pytest.mark.parametrize(("on", "dtype"), device_dtype_params())
-def test_matches_float64(case: RaggedCase, on: str, dtype: torch.dtype) -> None:
-    if on == "cuda":
-        needs_cuda()
-    check(ragged_inputs(case, dtype, on))
 
 
 @pytest.mark.parametrize("blocks", [B128, B128_64])
@@ -75,7 +30,7 @@ def test_equal_lengths_give_what_a_batch_gives(
         torch.bfloat16,
         device,
     )
-    out, lse = torch.ops.prism.sparse_attention(*batch.op_arguments(), **batch.settings)
+    out, lse = batch.run()
     ends = torch.arange(4, device=device, dtype=torch.int32)
     k, v = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (batch.k, batch.v))
     where: dict[str, torch.Tensor | None]
@@ -106,7 +61,7 @@ def test_equal_lengths_give_what_a_batch_gives(
 @pytest.mark.parametrize("page_size", [None, 16, 64])
 def test_sequences_do_not_see_each_other(device: str, page_size: int | None) -> None:
     case = ragged_inputs(RaggedCase("nan", page_size=page_size), torch.bfloat16, device)
-    before = run(case)
+    before = case.run()
     victim = 3
     rows = case.rows()[victim]
     case.q[rows] = torch.nan
@@ -117,7 +72,7 @@ def test_sequences_do_not_see_each_other(device: str, page_size: int | None) -> 
         else:
             pages = oracle.ceil_div(LENGTHS[victim][1], page_size)
             x[case.tensors["block_table"][victim, :pages].long()] = torch.nan
-    after = run(case)
+    after = case.run()
     others = torch.ones(len(case.q), dtype=torch.bool, device=device)
     others[rows] = False
     assert torch.equal(after[0][others], before[0][others])
@@ -127,11 +82,11 @@ def test_sequences_do_not_see_each_other(device: str, page_size: int | None) -> 
 
 def test_rows_of_no_sequence_are_left_alone(cuda: str) -> None:
     case = ragged_inputs(RaggedCase("gap", head_dim=128), torch.bfloat16, cuda)
-    out, lse = run(case)
+    out, lse = case.run()
     total = len(case.q)
     case.q = torch.cat([torch.full_like(case.q[:70], torch.nan), case.q, case.q[:300]])
     case.tensors["cu_seqlens_q"] = case.tensors["cu_seqlens_q"] + 70
-    padded, padded_lse = run(case)
+    padded, padded_lse = case.run()
     inside = slice(70, 70 + total)
     assert torch.equal(padded[inside], out)
     assert torch.equal(padded_lse[:, inside], lse)
@@ -151,7 +106,7 @@ def test_what_exceeds_the_longest_lengths_is_left_out(device: str, page_size: in
     )
     case.tensors |= {"max_seqlen_q": 200, "max_seqlen_k": 333}
     case.mask = case.mask[:, :, :2, :3]
-    out, lse = run(case)
+    out, lse = case.run()
     one = (case.q[:200].transpose(0, 1)[None], case.keys[0][None, :, :333])
     masks = (case.mask[:1], case.values[0][None, :, :333])
     bits, counts = oracle.pack_bits(masks[0])
@@ -165,7 +120,7 @@ def test_a_length_beyond_the_tensor_is_no_wild_read(device: str) -> None:
     case.tensors["max_seqlen_k"] = 100
     case.tensors["cu_seqlens_k"][-1] = 1 << 30
     case.mask = case.mask[..., :1]
-    out, lse = run(case)
+    out, lse = case.run()
     assert torch.isfinite(out).all()
     assert not torch.isnan(lse).any()
 
@@ -179,21 +134,20 @@ def test_pages_that_are_not_there_read_as_zeros(device: str) -> None:
     table = case.tensors["block_table"]
     pages = table[0].tolist()
     table[0, 3], table[0, 5] = -7, len(case.k)
-    got = run(case)
+    got = case.run()
     table[0, 3], table[0, 5] = pages[3], pages[5]
     for pool in (case.k, case.v):
         pool[[pages[3], pages[5]]] = 0
-    for x, y in zip(got, run(case), strict=True):
-        assert torch.equal(x, y)
+    assert_same(got, case.run())
 
 
 def test_no_sequence_and_no_row(device: str) -> None:
     none = ragged_inputs(RaggedCase("no_row", lengths=((0, 3), (0, 0))), torch.bfloat16, device)
-    out, lse = run(none)
+    out, lse = none.run()
     assert out.shape == (0, 4, 64)
     assert lse.shape == (4, 0)
     no_key = ragged_inputs(RaggedCase("no_key", lengths=((3, 0), (130, 0))), torch.bfloat16, device)
-    out, lse = run(no_key)
+    out, lse = no_key.run()
     assert (out == 0).all()
     assert (lse == -math.inf).all()
 
@@ -231,29 +185,14 @@ def test_sinks_of_a_batch_match_float64(device: str, head_dim: int) -> None:
         device,
     )  # fmt: skip
     sinks = torch.tensor([-60.0, 0.5, 4.0, 60.0], device=device)
-    with poisoned_allocations():
-        out, lse = torch.ops.prism.sparse_attention(
-            *batch.op_arguments(), **batch.settings, sinks=sinks
-        )
-    arguments = (batch.q, batch.k, batch.v, batch.mask)
-    want, plain = add_sinks(
-        oracle.attention(*arguments, **batch.settings),
-        oracle.low_precision_attention(*arguments, **batch.settings),
-        sinks,
-    )
-    check_attention(out, lse, want, plain)
+    check_attention(*batch.run(sinks=sinks), *add_sinks(*batch.expected(), sinks))
     none = torch.full_like(sinks, -math.inf)
-    for got, without in zip(
-        torch.ops.prism.sparse_attention(*batch.op_arguments(), **batch.settings, sinks=none),
-        torch.ops.prism.sparse_attention(*batch.op_arguments(), **batch.settings),
-        strict=True,
-    ):
-        assert torch.equal(got, without)
+    assert_same(batch.run(sinks=none), batch.run())
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 260)), min_size=1, max_size=5),
+    lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 400)), min_size=1, max_size=5),
     page_size=st.sampled_from([None, 1, 8, 16, 32, 64, 128, 256]),
     head_dim=st.sampled_from([64, 128, 256]),
     blocks=st.sampled_from([(64, 64), (128, 64), (128, 128)]),
@@ -261,9 +200,11 @@ def test_sinks_of_a_batch_match_float64(device: str, head_dim: int) -> None:
     mask=st.sampled_from(["full", "random", "alternating_empty", "first_only"]),
     shared=st.booleans(),
 )
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, fp8.FP8], ids=["bfloat16", "fp8"])
 @pytest.mark.parametrize("on", ["cpu", "cuda"])
 def test_any_batch_matches_float64(
     on: str,
+    kv_dtype: torch.dtype,
     lengths: list[tuple[int, int]],
     page_size: int | None,
     head_dim: int,
@@ -275,10 +216,10 @@ def test_any_batch_matches_float64(
     if on == "cuda":
         needs_cuda()
     case = RaggedCase(
-        "drawn", tuple(lengths), q_heads=2, kv_heads=1, head_dim=head_dim, blocks=blocks,
+        "drawn", tuple(lengths), q_heads=4, kv_heads=2, head_dim=head_dim, blocks=blocks,
         causal=causal, page_size=page_size, mask=mask, shared=shared and page_size is not None,
     )  # fmt: skip
-    check(ragged_inputs(case, torch.bfloat16, on))
+    check(ragged_inputs(case, torch.bfloat16, on, kv_dtype=kv_dtype))
 
 
 def test_long_sequences_match_float64(cuda: str) -> None:
@@ -294,7 +235,7 @@ def test_lengths_are_read_on_the_device(cuda: str) -> None:
     case = ragged_inputs(
         RaggedCase("graph", page_size=16, head_dim=128, mask="full"), torch.bfloat16, cuda
     )
-    run(case)
+    case.run()
     arguments = case.op_arguments()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -311,6 +252,6 @@ def test_lengths_are_read_on_the_device(cuda: str) -> None:
     for name in ("cu_seqlens_q", "seqused_k", "block_table"):
         case.tensors[name].copy_(other.tensors[name])
     graph.replay()
-    want = run(other)
+    want = other.run()
     assert torch.equal(out, want[0])
     assert torch.equal(lse, want[1])

@@ -19,7 +19,7 @@ from helpers.build import (
     structured_batch,
 )
 from helpers.cases import B64, B128, B128_64, SELECT_GROUPS, SelectCase
-from helpers.compare import check_selection
+from helpers.compare import assert_repeats, assert_replay_follows, assert_same, check_selection
 from helpers.params import case_params, needs_cuda
 from helpers.poison import poisoned_allocations
 from hypothesis import given, settings
@@ -190,10 +190,7 @@ def test_strided_means_are_bit_identical(device: str) -> None:
 
 def test_repeats_are_bit_identical(device: str) -> None:
     case = select_inputs(SelectCase("repeat", 2000, 2000, q_heads=4), device)
-    first = run(case)
-    for _ in range(3):
-        for got, want in zip(run(case), first, strict=True):
-            assert torch.equal(got, want)
+    assert_repeats(lambda: run(case))
 
 
 def test_heads_do_not_influence_each_other(device: str) -> None:
@@ -326,10 +323,7 @@ def test_long_rows_of_other_head_dims_match_float64(
 @pytest.mark.parametrize("k_blocks", [1024, 2048, 4096, 16384])
 def test_long_rows_repeat_bit_identically(cuda: str, k_blocks: int) -> None:
     case = long_rows(cuda, k_blocks)
-    first = run(case)
-    for _ in range(3):
-        for got, want in zip(run(case), first, strict=True):
-            assert torch.equal(got, want)
+    assert_repeats(lambda: run(case))
 
 
 @pytest.mark.parametrize("k_blocks", [1000, 2100, 5000, 16384])
@@ -428,11 +422,6 @@ def from_means(pair: Pair, case: SelectCase, spare: int = 0) -> Pair:
     )  # fmt: skip
 
 
-def assert_same(got: Pair, want: Pair) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("case", case_params(GROUPS, SANITIZER_POOLED))
 def test_pools_k_as_block_pool_does(case: SelectCase, device: str) -> None:
     pair = qk(case, device)
@@ -479,9 +468,7 @@ def test_float16_matches_the_from_means(device: str) -> None:
 def test_repeats_from_k_are_bit_identical(device: str) -> None:
     case = SelectCase("repeat", 2000, 2100, q_heads=4)
     pair = qk(case, device)
-    first = run_k(pair, case)
-    for _ in range(3):
-        assert_same(run_k(pair, case), first)
+    assert_repeats(lambda: run_k(pair, case))
 
 
 def test_selection_waits_for_pooling(cuda: str) -> None:
@@ -489,36 +476,33 @@ def test_selection_waits_for_pooling(cuda: str) -> None:
     case = SelectCase("overlap", 128 * 512, 128 * 512, q_heads=8, head_dim=128, blocks=B128,
                       high=64, low=96)  # fmt: skip
     generator = torch.Generator(cuda).manual_seed(5)
-    pairs = [
+    pairs: list[Any] = [
         tuple(
             torch.randn(1, heads, case.q_len, 128, device=cuda, generator=generator).bfloat16()
             for heads in (8, 2)
         )
         for _ in range(2)
     ]
-    want = [from_means(pair, case) for pair in pairs]  # type: ignore[arg-type]
+    want = [from_means(pair, case) for pair in pairs]
     for _ in range(5):
-        for pair, expected in zip(pairs, want, strict=True):
+        for (q, k), expected in zip(pairs, want, strict=True):
             # No poison here: what the call before left in memory must not be taken for the result.
-            got = call.select_bands(*pair, *select_bands(case), case.top_p, **select_settings(case))
+            got = call.select_bands(q, k, *select_bands(case), case.top_p, **select_settings(case))
             assert_same(got, expected)
 
 
 def test_graph_replay_from_k_equals_eager_on_new_inputs(cuda: str) -> None:
     case = SelectCase("graph", 5000, 5100, q_heads=4, head_dim=128, blocks=B128, high=64, low=96)
     static = qk(case, cuda)
-    arguments = (*static, *select_bands(case), case.top_p)
-    options = select_settings(case)
-    call.select_bands(*arguments, **options)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.select_bands(*arguments, **options)
-    for seed in (21, 22):
-        for i, x in enumerate(static):
-            x.copy_(inputs.tensor(tuple(x.shape), torch.bfloat16, cuda, seed=seed + i))  # type: ignore[arg-type]
-        graph.replay()
-        assert_same(captured, call.select_bands(*arguments, **options))
+
+    def select(q: torch.Tensor, k: torch.Tensor) -> Pair:
+        return call.select_bands(q, k, *select_bands(case), case.top_p, **select_settings(case))
+
+    others = (
+        [inputs.tensor(x.shape, x.dtype, cuda, seed=seed + i) for i, x in enumerate(static)]
+        for seed in (21, 22)
+    )
+    assert_replay_follows(select, static, others)
 
 
 def test_heads_with_rules_of_their_own(device: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers import call, inputs, oracle
 from helpers.build import select_settings, structured_batch
 from helpers.cases import B64, B128, B128_64, SELECT_GROUPS, SelectCase
-from helpers.compare import check_selection
+from helpers.compare import assert_repeats, assert_replay_follows, check_selection
 from helpers.params import case_params, needs_cuda
 from helpers.poison import poisoned_allocations
 from hypothesis import given, settings
@@ -293,9 +293,7 @@ def test_heads_do_not_influence_each_other(device: str) -> None:
 def test_repeats_are_bit_identical(device: str) -> None:
     case = SelectCase("repeat", 2000, 2100, q_heads=4)
     pair = qk(case, device)
-    first = kept(pair, case.top_p, **select_settings(case))
-    for _ in range(3):
-        assert torch.equal(kept(pair, case.top_p, **select_settings(case)), first)
+    assert_repeats(lambda: kept(pair, case.top_p, **select_settings(case)))
 
 
 @pytest.mark.parametrize("blocks", [B64, B128, B128_64])
@@ -324,20 +322,11 @@ def test_more_rows_than_ctas_match_the_reference(cuda: str, blocks: tuple[int, i
 
 def test_graph_replay_equals_eager_on_new_inputs(cuda: str) -> None:
     case = SelectCase("graph", 5000, 5100, q_heads=4, head_dim=128, blocks=B128)
-    static = qk(case, cuda)
-    options = select_settings(case)
-    call.select_grid(*static, case.top_p, **options)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call.select_grid(*static, case.top_p, **options)
-    for seed in (21, 22):
-        for x, new in zip(static, qk(case, cuda, seed=seed), strict=True):
-            x.copy_(new)
-        graph.replay()
-        want = call.select_grid(*static, case.top_p, **options)
-        for a, b in zip(captured, want, strict=True):
-            assert torch.equal(a, b)
+
+    def select(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return call.select_grid(q, k, case.top_p, **select_settings(case))
+
+    assert_replay_follows(select, qk(case, cuda), (qk(case, cuda, seed=seed) for seed in (21, 22)))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

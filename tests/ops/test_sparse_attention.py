@@ -1,18 +1,23 @@
-"""prism::sparse_attention against dense float64 attention under the expanded mask."""
+"""prism::sparse_attention against dense float64 attention under the expanded mask.
+
+The cases of all layouts; what only ragged batches can show is in test_ragged_attention.py.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from helpers import inputs, oracle
-from helpers.build import AttentionInputs, attention_inputs
+from helpers.attention import check, inputs_of
+from helpers.build import attention_inputs
 from helpers.cases import ATTENTION_GROUPS, B128, B128_64, AttentionCase
-from helpers.compare import check_attention, check_elements
+from helpers.compare import assert_repeats, assert_same, check_attention, check_elements
 from helpers.params import case_params, device_dtype_params, needs_cuda
-from helpers.poison import poisoned_allocations
+from helpers.ragged import RAGGED_GROUPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,35 +50,27 @@ SANITIZER_CASES = (
     "windows-300_d128_b128",
     "windows-sparse_b64_d64",
     "windows-softcap",
+    "packed-b128_64_d128",
+    "packed-b64_d128",
+    "packed-unused_rows",
+    "packed-odd_stride",
+    "packed-empty_rows",
+    "paged-page_1",
+    "paged-page_16_d128",
+    "paged-page_256_d256",
+    "paged-shared_prefix",
+    "packed-window_0_d256",
+    "paged-window_page_16_d128",
 )
+GROUPS: dict[str, tuple[Any, ...]] = ATTENTION_GROUPS | RAGGED_GROUPS
 
 
-def run(case: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    with poisoned_allocations():
-        return torch.ops.prism.sparse_attention(*case.op_arguments(), **case.settings)
-
-
-def check(case: AttentionInputs) -> None:
-    out, lse = run(case)
-    assert out.dtype == case.q.dtype
-    assert out.stride() == torch.empty_like(case.q).stride()
-    assert lse.dtype == torch.float32
-    assert lse.is_contiguous()
-    arguments = (case.q, case.k, case.v, case.mask)
-    check_attention(
-        out,
-        lse,
-        oracle.attention(*arguments, **case.settings),
-        oracle.low_precision_attention(*arguments, **case.settings),
-    )
-
-
-@pytest.mark.parametrize("case", case_params(ATTENTION_GROUPS, SANITIZER_CASES))
+@pytest.mark.parametrize("case", case_params(GROUPS, SANITIZER_CASES))
 @pytest.mark.parametrize(("on", "dtype"), device_dtype_params())
-def test_matches_float64(case: AttentionCase, on: str, dtype: torch.dtype) -> None:
+def test_matches_float64(case: Any, on: str, dtype: torch.dtype) -> None:
     if on == "cuda":
         needs_cuda()
-    check(attention_inputs(case, dtype, on))
+    check(inputs_of(case, dtype, on))
 
 
 def test_float16_on_cpu_matches_float64() -> None:
@@ -92,7 +89,7 @@ def test_all_true_mask_equals_dense_attention(
         torch.bfloat16,
         device,
     )  # fmt: skip
-    out, _ = run(case)
+    out, _ = case.run()
     seen = torch.ones(q_len, k_len, dtype=torch.bool, device=device)
     dense = torch.nn.functional.scaled_dot_product_attention(
         case.q.double(),
@@ -110,7 +107,7 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity(device: str) -> None:
         torch.bfloat16,
         device,
     )
-    out, lse = run(case)
+    out, lse = case.run()
     blind = torch.zeros(300, dtype=torch.bool)
     blind[:100] = True  # before the first key
     blind[128:192] = True  # the query block without key blocks
@@ -125,8 +122,7 @@ def test_blocks_after_the_diagonal_change_nothing(device: str) -> None:
         AttentionCase("visible", 300, 337, mask="visible"), torch.bfloat16, device
     )
     assert not torch.equal(case.counts, visible.counts)
-    for full, seen in zip(run(case), run(visible), strict=True):
-        assert torch.equal(full, seen)
+    assert_same(case.run(), visible.run())
 
 
 def test_unkept_blocks_are_never_read_into_the_result(device: str) -> None:
@@ -135,25 +131,23 @@ def test_unkept_blocks_are_never_read_into_the_result(device: str) -> None:
     )
     case.mask[..., 1] = False
     case.bits, case.counts = oracle.pack_bits(case.mask)
-    expected = run(case)
+    expected = case.run()
     case.k[:, :, 64:128] = torch.nan
     case.v[:, :, 64:128] = torch.nan
-    for got, want in zip(run(case), expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same(case.run(), expected)
 
 
 def test_keys_beyond_a_ragged_end_are_never_read_into_the_result(device: str) -> None:
     case = attention_inputs(
         AttentionCase("ragged", 150, 150, mask="full", causal=False), torch.bfloat16, device
     )
-    expected = run(case)
+    expected = case.run()
     for name in ("k", "v"):
         x = getattr(case, name)
         longer = torch.full((1, 2, 256, 64), torch.nan, dtype=x.dtype, device=device)
         longer[:, :, :150] = x
         setattr(case, name, longer[:, :, :150])
-    for got, want in zip(run(case), expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same(case.run(), expected)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -167,11 +161,10 @@ def test_key_blocks_before_the_window_are_never_read(
         torch.bfloat16,
         cuda,
     )  # fmt: skip
-    expected = run(case)
+    expected = case.run()
     case.k[:, :, :384] = torch.nan  # the first row sits at 600
     case.v[:, :, :384] = torch.nan
-    for got, want in zip(run(case), expected, strict=True):
-        assert torch.equal(got, want)
+    assert_same(case.run(), expected)
 
 
 def test_nan_value_reaches_every_row_that_sees_it_and_no_other_query_block(device: str) -> None:
@@ -179,7 +172,7 @@ def test_nan_value_reaches_every_row_that_sees_it_and_no_other_query_block(devic
         AttentionCase("nan", 200, 200, mask="visible", blocks=B128), torch.bfloat16, device
     )
     case.v[0, 1, 150, 7] = torch.nan
-    out, lse = run(case)
+    out, lse = case.run()
     unusual = torch.isnan(out)
     assert unusual[0, 1, 150:, 7].all()
     unusual[0, 1, 128:, 7] = False  # masked keys of a kept block may weigh in as 0 * NaN
@@ -191,11 +184,11 @@ def test_layouts_are_bit_identical(device: str) -> None:
     case = attention_inputs(
         AttentionCase("layouts", 150, 187, batch=2, q_heads=4), torch.bfloat16, device
     )
-    expected = run(case)
+    expected = case.run()
     q, k, v = case.q, case.k, case.v
     for layout in inputs.LAYOUTS:
         case.q, case.k, case.v = (inputs.lay_out(x, layout, device) for x in (q, k, v))
-        for got, want in zip(run(case), expected, strict=True):
+        for got, want in zip(case.run(), expected, strict=True):
             assert torch.equal(got, want), layout
 
 
@@ -213,9 +206,9 @@ def test_overlapping_queries_get_an_output_of_their_own(device: str) -> None:
     heads, length, head_dim = case.q.shape[1:]
     case.q = case.q.as_strided(case.q.shape, (heads * 512, 512, 1, 1))
     assert length + head_dim <= 512
-    out, _ = run(case)
+    out, _ = case.run()
     assert out.is_contiguous()
-    expected, _ = run(replace(case, q=case.q.contiguous()))
+    expected, _ = replace(case, q=case.q.contiguous()).run()
     assert torch.equal(out, expected)
 
 
@@ -235,10 +228,7 @@ def test_repeats_are_bit_identical(device: str) -> None:
         torch.bfloat16,
         device,
     )
-    first = run(case)
-    for _ in range(3):
-        for got, want in zip(run(case), first, strict=True):
-            assert torch.equal(got, want)
+    assert_repeats(case.run)
 
 
 LENGTHS = st.integers(0, 200)
@@ -337,10 +327,9 @@ def test_offsets_beyond_32_bits(cuda: str, length_first: bool) -> None:
             keys, vals = (torch.cat([x[:, :, :block], x[:, :, of_row]], 2) for x in part[1:])
             mask = torch.ones(1, 1, 1, 2, dtype=torch.bool, device=cuda)
             arguments = (part[0][:, :, of_row], keys, vals, mask)
-            options = {"q_block_size": block, "k_block_size": block, "causal": True}
+            options: dict[str, Any] = {"q_block_size": block, "k_block_size": block, "causal": True}
             check_attention(
                 out[:, head : head + 1, of_row],
                 lse[:, head : head + 1, of_row],
-                oracle.attention(*arguments, **options),
-                oracle.low_precision_attention(*arguments, **options),
+                *oracle.attention_and_plain(*arguments, **options),
             )

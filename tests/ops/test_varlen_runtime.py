@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from helpers.compare import assert_same, assert_streams_share_nothing
 from helpers.ragged import RaggedCase, ragged_inputs
 
 import prism_cuda
@@ -32,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 CASES = [(name, page_size) for name in SETTINGS for page_size in (None, 16)]
 every_case = pytest.mark.parametrize(("name", "page_size"), CASES)
 
-Tensors = dict[str, torch.Tensor | None]
+Tensors = dict[str, Any]  # torch.Tensor | None
 
 
 def tensors(
@@ -57,7 +59,7 @@ def tensors(
 
 
 def call_of(name: str, **options: Any) -> Callable[[Tensors], Any]:
-    settings = dict(SETTINGS[name])
+    settings: dict[str, Any] = BOUNDS | SETTINGS[name]
     sinks = settings.pop("sinks", None)
     on: dict[torch.device, torch.Tensor] = {}
 
@@ -67,15 +69,10 @@ def call_of(name: str, **options: Any) -> Callable[[Tensors], Any]:
         if sinks is not None and q.device not in on:
             on[q.device] = torch.tensor(sinks, device=q.device)
         return prism_cuda.prefill_varlen(
-            **batch, **BOUNDS, **settings, **options, sinks=on.get(q.device), return_lse=True
-        )  # type: ignore[misc]
+            **batch, **settings, **options, sinks=on.get(q.device), return_lse=True
+        )
 
     return call
-
-
-def assert_same(got: Any, want: Any) -> None:
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
 
 
 @every_case
@@ -119,18 +116,7 @@ def test_a_graph_follows_lengths_and_pages(name: str, page_size: int | None) -> 
 def test_streams_run_side_by_side() -> None:
     call = call_of("plain")
     batches = [tensors(size, seed=i) for i, size in enumerate((None, 16, None))]
-    want = [call(batch) for batch in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
-    torch.cuda.synchronize()
-    results: list[list[Any]] = [[] for _ in batches]
-    for _ in range(5):
-        for i, stream in enumerate(streams):
-            with torch.cuda.stream(stream):
-                results[i].append(call(batches[i]))
-    torch.cuda.synchronize()
-    for got, expected in zip(results, want, strict=True):
-        for result in got:
-            assert_same(result, expected)
+    assert_streams_share_nothing([partial(call, batch) for batch in batches])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

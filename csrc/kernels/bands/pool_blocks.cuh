@@ -207,3 +207,8 @@ void describe_pool(std::vector<KernelInfo>& kernels) {
 }
 
 }  // namespace prism
+
+// All that a file of instantiations/ holds.
+#define PRISM_INSTANTIATE_POOL(...)                                                                \
+  template cudaError_t prism::launch_pool<__VA_ARGS__>(const prism::PoolArguments&, cudaStream_t); \
+  template void prism::describe_pool<__VA_ARGS__>(std::vector<prism::KernelInfo>&)

@@ -410,3 +410,9 @@ void describe_attention(std::vector<KernelInfo>& kernels) {
 }
 
 }  // namespace prism::sm80
+
+// All that a file of instantiations/ holds.
+#define PRISM_INSTANTIATE_SM80(...)                                \
+  template cudaError_t prism::sm80::launch_attention<__VA_ARGS__>( \
+      const prism::SparseAttentionParams&, cudaStream_t);          \
+  template void prism::sm80::describe_attention<__VA_ARGS__>(std::vector<prism::KernelInfo>&)

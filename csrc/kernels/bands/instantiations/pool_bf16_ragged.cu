@@ -1,9 +1,3 @@
 #include "kernels/bands/pool_blocks.cuh"
 
-namespace prism {
-
-template cudaError_t launch_pool<__nv_bfloat16, PoolMode::kRagged>(const PoolArguments&,
-                                                                   cudaStream_t);
-template void describe_pool<__nv_bfloat16, PoolMode::kRagged>(std::vector<KernelInfo>&);
-
-}  // namespace prism
+PRISM_INSTANTIATE_POOL(__nv_bfloat16, prism::PoolMode::kRagged);

@@ -1,8 +1,3 @@
 #include "kernels/bands/pool_blocks.cuh"
 
-namespace prism {
-
-template cudaError_t launch_pool<Fp8Code, PoolMode::kEnergies>(const PoolArguments&, cudaStream_t);
-template void describe_pool<Fp8Code, PoolMode::kEnergies>(std::vector<KernelInfo>&);
-
-}  // namespace prism
+PRISM_INSTANTIATE_POOL(prism::Fp8Code, prism::PoolMode::kEnergies);

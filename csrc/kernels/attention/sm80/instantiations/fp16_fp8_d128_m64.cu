@@ -1,9 +1,3 @@
 #include "kernels/attention/sm80/kernel.cuh"
 
-namespace prism::sm80 {
-
-template cudaError_t launch_attention<cutlass::half_t, 128, 64, true>(const SparseAttentionParams&,
-                                                                      cudaStream_t);
-template void describe_attention<cutlass::half_t, 128, 64, true>(std::vector<KernelInfo>&);
-
-}  // namespace prism::sm80
+PRISM_INSTANTIATE_SM80(cutlass::half_t, 128, 64, true);

@@ -35,9 +35,9 @@ environment() {
   mkdir -p "$DIR/$1"
   "$PYTHON" -m venv "$DIR/$1/venv"
   # PyPI's torch wants gigabytes of NVIDIA's packages; a CPU needs none of them.
-  "$python" -m pip install -q --no-deps "torch==$2"
+  "$python" -m pip install -q --no-compile --no-deps "torch==$2"
   "$python" tools/torch_without_cuda.py
-  "$python" -m pip install -q filelock typing-extensions sympy networkx jinja2 fsspec \
+  "$python" -m pip install -q --no-compile filelock typing-extensions sympy networkx jinja2 fsspec \
     'setuptools>=77,<82' "transformers==$3" ninja numpy pytest pytest-xdist hypothesis
 }
 

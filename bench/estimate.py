@@ -33,8 +33,8 @@ from timing import measure
 from torch import Tensor
 
 from prism_cuda import reference  # registers the ops too
-from prism_cuda.chunked import running_sums
 from prism_cuda.config import MAX_HEAD_DIM
+from prism_cuda.estimators.bands import running_sums
 
 COLUMNS = ["L", "B", "stage", "impl", "mode", "ms", "MB", "GB/s", "kept_density", "error"]
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]
@@ -50,7 +50,6 @@ L2_MULTIPLE = 2
 class Inputs:
     q: Tensor
     k: Tensor
-    q_means: Tensor | None = None
     k_means: Tensor | None = None
     sums: Tensor | None = None  # what pool_append_ keeps of an unfinished block
 
@@ -65,13 +64,13 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
 
     def append(tokens: int) -> Call:
         start = max(length - tokens, 0)
-        return lambda x: ops.pool_append_(x.k[:, :, start:], x.k_means, x.sums, start, block)
+        return lambda x: ops.append_means_(x.k[:, :, start:], x.k_means, x.sums, start, block)
 
     return {
-        "estimate": lambda x: ops.estimate_blocks(x.q, x.k, *bands, top_p, **sizes),
-        "pool": lambda x: ops.estimate_blocks(x.q, x.k, *bands, 1.0, **sizes),
-        "select": lambda x: ops.select_blocks(
-            x.q_means, x.k_means, length, length, *bands, top_p, **sizes
+        "estimate": lambda x: ops.select_bands(x.q, x.k, *bands, [top_p], **sizes),
+        "pool": lambda x: ops.select_bands(x.q, x.k, *bands, [1.0], **sizes),
+        "select": lambda x: ops.select_bands(
+            x.q, None, *bands, [top_p], k_means=x.k_means, k_len=length, **sizes
         ),
         "pool q": lambda x: ops.block_pool(x.q, block),
         "pool k": lambda x: ops.block_pool(x.k, block),
@@ -81,21 +80,20 @@ def stage_calls(block: int, length: int, head_dim: int, top_p: float) -> dict[st
 
 def grid_calls(block: int, top_p: float) -> dict[str, Call]:
     """The grid estimator, whose query blocks are of 128 tokens."""
-    grid = torch.ops.prism.estimate_grid
-    rules = {"keep_above": (1 - top_p) / 10 or None, "q_block_size": 128, "k_block_size": block}
+    grid = torch.ops.prism.select_grid
+    keep_above = [(1 - top_p) / 10] if top_p < 1 else None
+    rules = {"keep_above": keep_above, "q_block_size": 128, "k_block_size": block}
     return {
-        "estimate": lambda x: grid(x.q, x.k, top_p, **rules),
-        "pool": lambda x: grid(x.q, x.k, 1.0, **rules),
+        "estimate": lambda x: grid(x.q, x.k, [top_p], **rules),
+        "pool": lambda x: grid(x.q, x.k, [1.0], **rules),
     }
 
 
-def reference_call(block: int, length: int, head_dim: int, top_p: float) -> Call:
+def reference_call(block: int, head_dim: int, top_p: float) -> Call:
     def call(x: Inputs) -> Any:
-        return reference.select_blocks(
-            reference.block_pool(x.q, block), reference.block_pool(x.k, block),
-            length, length, *default_bands(head_dim), top_p,
-            q_block_size=block, k_block_size=block,
-        )  # fmt: skip
+        return reference.select_bands(
+            x.q, x.k, *default_bands(head_dim), [top_p], q_block_size=block, k_block_size=block
+        )
 
     return call
 
@@ -104,7 +102,7 @@ def bytes_read(stage: str, x: Inputs) -> int:
     if stage in APPENDED:
         return x.k[:, :, -APPENDED[stage] :].nbytes
     tensors = {
-        "select": (x.q_means, x.k_means),
+        "select": (x.q, x.k_means),
         "pool q": (x.q,),
         "pool k": (x.k,),
     }.get(stage, (x.q, x.k))
@@ -243,7 +241,6 @@ def main() -> None:
             continue
         for block in options.blocks:
             for x in inputs:
-                x.q_means = torch.ops.prism.block_pool(x.q, block)
                 x.k_means = torch.ops.prism.block_pool(x.k, block)
                 shape = (1, options.kv_heads, running_sums(options.head_dim), options.head_dim)
                 x.sums = torch.zeros(shape, device="cuda")
@@ -261,7 +258,7 @@ def main() -> None:
                     )
                     add(length, f"128x{block}", stage, "prism_grid", "graph", row)
             if not options.no_reference and length <= REFERENCE_UP_TO:
-                call = reference_call(block, length, options.head_dim, options.top_p)
+                call = reference_call(block, options.head_dim, options.top_p)
                 row = time_call(call, inputs[:1], "eager", bytes_read("estimate", first), 20)
                 add(length, block, "estimate", "reference", "eager", row)
             if module is not None and length <= OFFICIAL_UP_TO:

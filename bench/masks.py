@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prism_cuda import _bits
 from prism_cuda.bands import from_dims
+from prism_cuda.bits import pack as pack_bits
 
 QUERY_BLOCK = 128
 
@@ -136,7 +136,7 @@ def block_lists(which: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack(mask: Tensor) -> tuple[Tensor, Tensor]:
     """int32 (bits, counts) of a bool mask: key block 32 w + j is bit j of word w."""
-    return _bits.pack(mask), mask.sum(-1, dtype=torch.int32)
+    return pack_bits(mask), mask.sum(-1, dtype=torch.int32)
 
 
 def structured_qkv(

@@ -27,7 +27,7 @@ from timing import measure, measure_once_if_long
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from prism_cuda._bits import unpack  # registers the ops too
+from prism_cuda.bits import unpack  # registers the ops too
 
 COLUMNS = ["L", "distribution", "kept_density", "impl", "mode", "ms", "speedup", "error"]
 LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288, 1048576]
@@ -91,19 +91,21 @@ class Bench:
                 self.add(length, "dense", impl, timed(lambda call=call: call(x)), kept_density=1.0)
         bands = default_bands(options.head_dim)
         ops = torch.ops.prism
-        x.bits, x.counts = ops.estimate_blocks(q, k, *bands, options.top_p)
+        x.bits, x.counts = ops.select_bands(q, k, *bands, [options.top_p], k_block_size=BLOCK)
         blocks = x.counts.shape[-1]
         visible = x.counts.numel() * (blocks + 1) / 2
         density = float(x.counts.sum(dtype=torch.int64)) / visible
         if "prism" in options.impls:
-            row = timed(lambda: ops.prefill(q, k, v, *bands, options.top_p))
+            row = timed(
+                lambda: ops.prefill(q, k, v, "bands", *bands, [options.top_p], k_block_size=BLOCK)
+            )
             self.add(length, "structured", "prism", row, kept_density=density)
         if "prism_grid" in options.impls:
             self.add_grid(q, k, v, visible)
         if "stages" in options.impls:
-            row = timed(lambda: ops.estimate_blocks(q, k, *bands, options.top_p))
+            row = timed(lambda: ops.select_bands(q, k, *bands, [options.top_p], k_block_size=BLOCK))
             self.add(length, "structured", "estimate", row, kept_density=density)
-            row = timed(lambda: ops.sparse_attention(q, k, v, x.bits, x.counts))
+            row = timed(lambda: ops.sparse_attention(q, k, v, x.bits, x.counts, k_block_size=BLOCK))
             self.add(length, "structured", "attend", row, kept_density=density)
         if "flex" in options.impls and length in options.flex_lengths:
             self.add_flex(x, length, "structured", density)
@@ -115,11 +117,8 @@ class Bench:
         ops = torch.ops.prism
 
         def whole() -> Tensor:
-            bits, counts = ops.estimate_grid(
-                q, k, GRID_TOP_P, keep_above=(1 - GRID_TOP_P) / 10, k_block_size=GRID_KEYS
-            )
-            ops.sparse_attention(q, k, v, bits, counts, k_block_size=GRID_KEYS)
-            return counts
+            rules = ([GRID_TOP_P], [(1 - GRID_TOP_P) / 10])
+            return ops.prefill(q, k, v, "grid", [], [], *rules, k_block_size=GRID_KEYS)[3]
 
         density = float(whole().sum(dtype=torch.int64)) * GRID_KEYS / BLOCK / visible
         self.add(q.shape[2], "structured", "prism_grid", timed(whole), kept_density=density)
@@ -135,8 +134,8 @@ class Bench:
         del mask
 
         def whole() -> object:
-            ops.estimate_blocks(x.q, x.k, *bands, self.options.top_p)
-            return ops.sparse_attention(x.q, x.k, x.v, x.bits, x.counts)
+            ops.select_bands(x.q, x.k, *bands, [self.options.top_p], k_block_size=BLOCK)
+            return ops.sparse_attention(x.q, x.k, x.v, x.bits, x.counts, k_block_size=BLOCK)
 
         self.add(length, f"{fixed:g}", "prism", timed(whole), kept_density=density)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prism_cuda import _bits, reference
-from prism_cuda._every_block import every_block
+from prism_cuda import reference
+from prism_cuda.bits import WORD_BITS, every_block, pack, unpack
 from prism_cuda.config import BLOCK_SIZES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class BlockMask:
 
     def __post_init__(self) -> None:
         _check_sizes(self.q_len, self.k_len, self.q_block_size, self.k_block_size)
-        words = -(-self.k_blocks // _bits.WORD_BITS)
+        words = -(-self.k_blocks // WORD_BITS)
         for name, tensor, dims in (("bits", self.bits, 4), ("counts", self.counts, 3)):
             if tensor.dtype != torch.int32 or tensor.dim() != dims:
                 raise ValueError(
@@ -68,6 +68,15 @@ class BlockMask:
                 f"BlockMask: counts is on {self.counts.device}; expected {self.bits.device}, "
                 "the device of bits"
             )
+
+    def __repr__(self) -> str:
+        batch, heads = self.bits.shape[:2]
+        sizes = (self.q_block_size, self.k_block_size)
+        return (
+            f"BlockMask(batch={batch}, heads={heads}, q_len={self.q_len}, k_len={self.k_len}, "
+            f"{self.q_blocks} x {self.k_blocks} blocks of {sizes}, "
+            f"causal={self.causal}, device={self.bits.device})"
+        )
 
     @classmethod
     def from_dense(
@@ -96,7 +105,7 @@ class BlockMask:
             )
         kept = dense & visible
         counts = kept.sum(-1, dtype=torch.int32)
-        return cls(_bits.pack(kept), counts, q_len, k_len, q_block_size, k_block_size, causal)
+        return cls(pack(kept), counts, q_len, k_len, q_block_size, k_block_size, causal)
 
     @classmethod
     def full(
@@ -120,7 +129,7 @@ class BlockMask:
         """
         _check_sizes(q_len, k_len, q_block_size, k_block_size)
         sizes = (q_block_size, k_block_size)
-        words = -(-k_len // (k_block_size * _bits.WORD_BITS))
+        words = -(-k_len // (k_block_size * WORD_BITS))
         bits, counts = every_block(
             q_len, k_len, -(-q_len // q_block_size), words, sizes, causal, window_left, device
         )
@@ -151,7 +160,7 @@ class BlockMask:
 
     def to_dense(self) -> torch.Tensor:
         """The mask as bool (B, Hq, Nq, Nk)."""
-        return _bits.unpack(self.bits, self.k_blocks)
+        return unpack(self.bits, self.k_blocks)
 
     def density_per_head(self) -> torch.Tensor:
         """Kept blocks over visible blocks of every head: float64 (B, Hq)."""

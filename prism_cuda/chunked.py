@@ -2,96 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import torch
 
-from prism_cuda import _ops, functional, recording, selection
-from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import MAX_HEAD_DIM, PrismConfig
-from prism_cuda.reference import CELL_TOKENS, estimation_width
-
-_Result = TypeVar("_Result")
-
-
-def running_sums(head_dim: int) -> int:
-    """Partial sums that prism::pool_append_ keeps of an unfinished block, per dimension."""
-    return 1024 // estimation_width(head_dim)
-
-
-class _KeyMeans:
-    """What the bands need of the keys: a mean per block."""
-
-    def __init__(
-        self,
-        heads: tuple[int, int],
-        head_dim: int,
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> None:
-        self._config = config
-        blocks = -(-max_len // config.block_sizes[1])
-        self.means = torch.empty((*heads, blocks, head_dim), dtype=torch.float32, device=device)
-        self._sums = torch.empty(
-            (*heads, running_sums(head_dim), head_dim), dtype=torch.float32, device=device
-        )
-
-    def append(self, k: torch.Tensor, start: int) -> None:
-        torch.ops.prism.pool_append_(k, self.means, self._sums, start, self._config.block_sizes[1])
-
-    def pool_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return torch.ops.prism.block_pool(q, self._config.block_sizes[0])
-
-    def select(
-        self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
-    ) -> BlockMask:
-        return selection.select_from_means(
-            q_means,
-            self.means[:, :, : -(-k_len // self._config.block_sizes[1])],
-            q.shape[2],
-            k_len,
-            self._config.resolve_bands(q.shape[3]),
-            self._config,
-            causal=True,
-        )
-
-
-class _KeyCells:
-    """What the grid needs of the keys: mean and spread of every 16."""
-
-    def __init__(
-        self,
-        heads: tuple[int, int],
-        head_dim: int,
-        max_len: int,
-        config: PrismConfig,
-        device: torch.device | str,
-    ) -> None:
-        self._config = config
-        cells = -(-max_len // CELL_TOKENS)
-        width = 2 * estimation_width(head_dim)
-        self._cells = torch.empty((*heads, cells, width), dtype=torch.half, device=device)
-        self._factors = torch.empty((*heads, cells), dtype=torch.float32, device=device)
-        self._unfinished: torch.Tensor | None = None  # the keys of the last cell, fewer than 16
-
-    def append(self, k: torch.Tensor, start: int) -> None:
-        if start % CELL_TOKENS and self._unfinished is not None:
-            k = torch.cat([self._unfinished, k], 2)
-            start -= start % CELL_TOKENS
-        torch.ops.prism.pool_cells_(k, self._cells, self._factors, start)
-        self._unfinished = k[:, :, k.shape[2] // CELL_TOKENS * CELL_TOKENS :].clone()
-
-    def pool_queries(self, q: torch.Tensor) -> torch.Tensor:
-        return q  # pooled with the selection
-
-    def select(
-        self, q: torch.Tensor, q_means: torch.Tensor, k_len: int, scale: float | None
-    ) -> BlockMask:
-        return selection.select_from_cells(
-            q, self._cells, self._factors, k_len, self._config, scale
-        )
+from prism_cuda import estimators, ops, plan, run
+from prism_cuda.config import MAX_HEAD_DIM, PrismConfig, as_config
+from prism_cuda.options import score_options
 
 
 class ChunkedPrefill:
@@ -101,7 +18,7 @@ class ChunkedPrefill:
     whole prefix again for every chunk. Chunks may have any sizes and start within a block.
 
     Attributes:
-        length: tokens whose keys have been pooled.
+        length: tokens whose keys have been taken in.
 
     Args:
         batch, kv_heads, head_dim: of k; head_dim is a multiple of 8 up to 256, or up to 128 where
@@ -127,43 +44,79 @@ class ChunkedPrefill:
         config: PrismConfig | None = None,
         device: torch.device | str = "cuda",
     ) -> None:
-        self._config = config or PrismConfig()
-        if not functional.is_estimated(head_dim, self._config):
+        self._config = as_config("ChunkedPrefill", config)
+        if plan.why_not_estimated(head_dim, self._config) is not None:
             largest = MAX_HEAD_DIM[self._config.estimator]
             raise ValueError(
                 f"ChunkedPrefill: head_dim is {head_dim}; expected a multiple of 8 up to {largest}"
             )
-        _ops.load()
-        self._estimator = self._config.estimator_of(head_dim)
+        ops.load()
         self._shape = (batch, kv_heads, head_dim)
         self._max_len = max_len
-        keys = _KeyMeans if self._estimator == "bands" else _KeyCells
-        self._keys = keys((batch, kv_heads), head_dim, max_len, self._config, device)
+        estimator = estimators.get(self._config.estimator_of(head_dim))
+        self._keys = estimator.new_state(self._shape, max_len, self._config, device)
         self.length = 0
+        self._in_order = True  # the state's unfinished unit is the one that ends at length
 
     def reset(self) -> None:
         """Begin another prompt in the same memory."""
-        self.length = 0
+        self.truncate(0)
+
+    def truncate(self, length: int) -> None:
+        """Go back to the first ``length`` tokens, as if the others had never come.
+
+        Reads and moves nothing: what is pooled of whole units (a block by bands, 16 tokens on the
+        grid) depends on no later key. Of a unit that is cut, :meth:`prefill` pools the keys again,
+        from k; :meth:`append`, which does not see them, then has to wait for a prefill.
+
+        Raises:
+            ValueError: for more tokens than there are, or less than 0.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(
+                f"ChunkedPrefill.truncate: length is {length}; expected 0 to {self.length}, the "
+                "tokens so far"
+            )
+        if length < self.length:
+            self.length = length
+            self._in_order = length % self._keys.unit == 0
 
     def append(self, k: torch.Tensor) -> None:
         """Pool new keys (B, Hkv, tokens, D), those from position ``length`` on.
 
         Raises:
-            ValueError: if they do not fit the shapes or max_len.
+            ValueError: if they do not fit the shapes or max_len, or after a :meth:`truncate` that
+                cut a unit.
         """
+        if not self._in_order:
+            unit = self._keys.unit
+            raise ValueError(
+                f"ChunkedPrefill.append: after truncate({self.length}) the keys from position "
+                f"{self.length // unit * unit} on have to be pooled again; expected a prefill, "
+                f"which has them, or a truncate to a multiple of {unit}"
+            )
+        self._append(k, self.length)
+
+    def _append(self, k: torch.Tensor, start: int) -> None:
         batch, kv_heads, head_dim = self._shape
         if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, kv_heads, head_dim):
             raise ValueError(
                 f"ChunkedPrefill: k has shape {tuple(k.shape)}; expected "
                 f"({batch}, {kv_heads}, tokens, {head_dim})"
             )
-        if self.length + k.shape[2] > self._max_len:
+        if start + k.shape[2] > self._max_len:
             raise ValueError(
-                f"ChunkedPrefill: {k.shape[2]} tokens after {self.length} exceed max_len "
-                f"{self._max_len}"
+                f"ChunkedPrefill: {k.shape[2]} tokens after {start} exceed max_len {self._max_len}"
             )
-        self._keys.append(k, self.length)
-        self.length += k.shape[2]
+        self._keys.append(k, start)
+        self.length = start + k.shape[2]
+        self._in_order = True
+
+    def _take_in(self, k: torch.Tensor) -> None:
+        """Pool what is new of all keys so far."""
+        unit = self._keys.unit
+        start = self.length if self._in_order else self.length // unit * unit
+        self._append(k[:, :, start:], start)
 
     def prefill(
         self,
@@ -176,7 +129,7 @@ class ChunkedPrefill:
         softcap: float | None = None,
         window_left: int | None = None,
         return_mask: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, BlockMask | None]:
+    ) -> Any:
         """Causal attention of a chunk of queries to all keys so far.
 
         Args:
@@ -198,50 +151,21 @@ class ChunkedPrefill:
         if k.dim() == 4 and k.shape[2] < self.length:
             raise ValueError(
                 f"ChunkedPrefill: k has {k.shape[2]} tokens; expected all so far, at least "
-                f"{self.length} (reset() begins another prompt)"
+                f"{self.length} (reset() begins another prompt, truncate() goes back)"
             )
-        recorder = recording.active()
-        times: dict[str, float] = {}
-
-        def stage(name: str, run: Callable[[], _Result]) -> _Result:
-            if recorder is None or not recorder.times:
-                return run()
-            result, times[name] = functional.timed(run, q.device)
-            return result
-
-        def pool() -> torch.Tensor:
-            self.append(k[:, :, self.length :])
-            return self._keys.pool_queries(q)
-
-        functional.check_not_fp8("ChunkedPrefill", k)
-        scores = functional.Scores(sinks, softcap, window_left)
-        choice = functional.choose(q, k, v, self._config, scores)
-        if choice.estimator is None:
-            # Nothing is estimated: the means are for later chunks.
-            self.append(k[:, :, self.length :])
-            out, _, full = functional.run(q, k, v, choice, self._config, scale, True, scores)
-            mask = full if choice.path == "prism" else None
-            return (out, mask) if return_mask else out
-        q_means = stage("pool", pool)
-        q_len, k_len = q.shape[2], k.shape[2]
-        mask = stage("select", lambda: self._keys.select(q, q_means, k_len, scale))
-        out, _ = stage(
-            "attend",
-            lambda: functional.attend(q, k, v, mask, scale, scores),
-        )
-        if recorder is not None:
-            kept = mask if recorder.masks else None
-            recorder.calls.append(
-                recording.CallRecord(
-                    None,
-                    "prism",
-                    choice.reason,
-                    q_len,
-                    k_len,
-                    mask.density(),
-                    kept,
-                    times,
-                    self._estimator,
-                )
-            )
-        return (out, mask) if return_mask else out
+        config, options = self._config, score_options(sinks, softcap, window_left)
+        q, k, v = plan.computed(q, k, v)
+        plan.check("ChunkedPrefill.prefill", q, k, v, scale, options)
+        plan.check_settings(config, q.shape[1], q.shape[3], False)
+        chosen = plan.plan(q, k, v, config, options)
+        source = None
+        if chosen.estimator is None:
+            self._take_in(k)  # for later chunks
+        else:
+            source = run.Source(lambda: self._take_in(k), lambda _: self._keys.select(q, k, scale))
+        result = run.run(chosen, q, k, v, config, options, scale=scale, source=source)
+        if not return_mask:
+            return result[0]
+        if chosen.path == "dense":
+            return result[0], None
+        return result[0], run.mask_of(result, q.shape[2], k.shape[2], config, causal=True)

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 import prism_cuda
-from prism_cuda import _ops
-from prism_cuda.config import ESTIMATORS
+from prism_cuda import ops
+from prism_cuda.tables import print_table
 
 DEMO_TOKENS = 16384
+ESTIMATORS = ("auto", "grid", "bands")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,14 +84,14 @@ def _info(args: argparse.Namespace) -> int:
         ("torch", torch.__version__),
         ("transformers", _installed("transformers")),
     ]
-    if _ops.is_loaded():
+    if ops.is_loaded():
         rows += [(f"build: {key}", _show(value)) for key, value in _build_config().items()]
     else:
-        rows.append(("ops library", f"not built ({_ops.LIBRARY.name} missing: `make build`)"))
+        rows.append(("ops library", f"not built ({ops.LIBRARY.name} missing: `make build`)"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows.append(("device", _device_name(device)))
     print_table("prism_cuda", ("what", "value"), rows)
-    if _ops.is_loaded():
+    if ops.is_loaded():
         print_table(
             f"prefill on {device.type}",
             ("q_len", "k_len", "head_dim", "dtype", "runs", "reason"),
@@ -141,24 +142,3 @@ def _device_name(device: torch.device) -> str:
         return "cpu (the reference runs; kernels need a GPU of compute capability 8.0 or later)"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, with rich where it is installed and the output is a terminal."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(*header, title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*row)
-            Console().print(table)
-            return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    print(f"\n{title}")
-    for row in [header, *rows]:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  " + "  ".join(cells).rstrip())

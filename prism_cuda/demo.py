@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from prism_cuda.cli import print_table
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import register
 from prism_cuda.recording import CallRecord, record
+from prism_cuda.tables import print_table
 
 STAGES = ("pool", "select", "attend")
 

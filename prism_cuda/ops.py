@@ -16,7 +16,7 @@ import torch
 from torch.autograd import forward_ad
 
 from prism_cuda import reference
-from prism_cuda._bits import WORD_BITS
+from prism_cuda.bits import WORD_BITS
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 NAMES = (
@@ -91,7 +91,8 @@ def _cpu_kernel(name: str) -> Callable[..., Any]:
 
     def kernel(*args: object, **kwargs: object) -> Any:
         check(*args, **kwargs)
-        return compute(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):  # which the reference's own products would join
+            return compute(*args, **kwargs)
 
     return kernel
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from prism_cuda.block_mask import BlockMask
-from prism_cuda.config import Estimator
+from prism_cuda.tables import format_table
 
 Path = Literal["prism", "dense"]
+
+# A selection that keeps nearly everything of so long an input costs more than it saves.
+LONG_INPUT = 8192
+NEARLY_ALL = 0.9
 
 
 @dataclass
@@ -24,10 +31,11 @@ class CallRecord:
         q_len, k_len: tokens, padding excluded.
         density: kept blocks over visible blocks; 1 for dense calls.
         mask: the block mask if masks were asked for and the path is "prism".
-        times: seconds per stage ("pool", "select", "attend") if times were asked for; the grid
-            estimator pools within "select", and a dense call has "attend" only. Of a ragged batch
-            the first record has the times of all, pooling within "select".
-        estimator: "grid" or "bands", what the blocks were chosen by; None where nothing was chosen.
+        times: seconds per stage ("pool", "select", "attend") if times were asked for. Only bands
+            pool keys apart, and a dense call has "attend" only. Of a ragged batch the first record
+            has the times of all, pooling within "select".
+        estimator: what the blocks were chosen by: "grid", "bands" or a registered name; None where
+            nothing was chosen.
     """
 
     layer_idx: int | None
@@ -38,41 +46,102 @@ class CallRecord:
     density: float
     mask: BlockMask | None = None
     times: dict[str, float] = field(default_factory=dict)
-    estimator: Estimator | None = None
+    estimator: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Recording:
     """The calls so far, in order, and what is asked of each."""
 
     masks: bool = False
     times: bool = False
     calls: list[CallRecord] = field(default_factory=list)
+    thread: int | None = None  # None: calls of all threads
+
+    def summary(self) -> str:
+        """A table with a row for every layer and way that its calls went."""
+        rows: dict[tuple, list[CallRecord]] = {}
+        for call in self.calls:
+            key = (call.layer_idx, call.path, call.estimator, call.reason)
+            rows.setdefault(key, []).append(call)
+        order = sorted(rows, key=lambda key: (key[0] is None, key[0] or 0))  # else as they came
+        header = ["layer", "path", "by", "calls", "queries", "keys", "density"]
+        header += ["ms"] if self.times else []
+        return format_table([*header, "reason"], [self._row(key, rows[key]) for key in order])
+
+    def _row(self, key: tuple, calls: list[CallRecord]) -> list[str]:
+        layer, path, estimator, reason = key
+        density = sum(call.density for call in calls) / len(calls)
+        row = ["" if layer is None else str(layer), path, estimator or "", str(len(calls))]
+        row += [_range([call.q_len for call in calls]), _range([call.k_len for call in calls])]
+        row.append(f"{density:.3f}")
+        if self.times:
+            row.append(f"{1e3 * sum(sum(call.times.values()) for call in calls):.2f}")
+        return [*row, reason]
 
 
-# A plain list, not a ContextVar: torch.compile can trace it.
-_active: list[Recording] = []
+def _range(values: list[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+# The open blocks of all threads. A plain list, not a ContextVar: torch.compile can trace it.
+active: list[Recording] = []
 
 
 @contextlib.contextmanager
-def record(masks: bool = False, times: bool = False) -> Iterator[Recording]:
+def record(
+    masks: bool = False, times: bool = False, own_thread: bool = False
+) -> Iterator[Recording]:
     """Collect a :class:`CallRecord` for every attention call in the block.
+
+    A block gets every call that is made while it is open, in whatever thread and whatever other
+    blocks are open, or with ``own_thread`` those of the thread that opened it.
 
     Args:
         masks: keep every call's block mask.
         times: time the stages; runs them as separate ops and waits for the device after each.
+        own_thread: leave out the calls of other threads. Models that attend in a thread of their
+            own, as generate_batch does, are then left out too.
 
-    Recording reads densities back from the device, so it costs a synchronisation per call. It
-    covers all threads of the process.
+    Recording reads densities back from the device, so it costs a synchronisation per call. Where a
+    selection kept more than 90 % of a long input's blocks, a warning says so once.
     """
-    recording = Recording(masks, times)
-    _active.append(recording)
+    recording = Recording(masks, times, thread=threading.get_ident() if own_thread else None)
+    active.append(recording)
     try:
         yield recording
     finally:
-        _active.pop()
+        active.remove(recording)  # this very one: blocks of other threads end in any order
 
 
-def active() -> Recording | None:
-    """The innermost recording, or None."""
-    return _active[-1] if _active else None
+def listening() -> list[Recording]:
+    """The open blocks that get the calls of this thread."""
+    own = (None, threading.get_ident())
+    return [recording for recording in active if recording.thread in own]
+
+
+def note(recordings: list[Recording], call: CallRecord) -> None:
+    """Add a call to recordings, to each with what it asked for."""
+    for recording in recordings:
+        mask = call.mask if recording.masks else None
+        times = dict(call.times) if recording.times else {}
+        recording.calls.append(dataclasses.replace(call, mask=mask, times=times))
+    if call.estimator is not None and call.k_len >= LONG_INPUT and call.density > NEARLY_ALL:
+        _warn_of_density(call)
+
+
+_warned = False
+
+
+def _warn_of_density(call: CallRecord) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        layer = "" if call.layer_idx is None else f" of layer {call.layer_idx}"
+        warnings.warn(
+            f"prism: a call{layer} with {call.k_len} keys computed {call.density:.0%} of its "
+            f"blocks, chosen by {call.estimator}: attention without structure, or settings that "
+            "leave nothing out; dense attention would be faster",
+            stacklevel=2,
+        )

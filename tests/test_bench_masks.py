@@ -17,7 +17,7 @@ import suites
 from accuracy import accuracy, sample
 from implementations import BlockSparsity, Inputs, flex_window
 
-from prism_cuda import _bits
+from prism_cuda.bits import unpack
 
 HEADS, LENGTH = 3, 4096
 BLOCKS = LENGTH // 128
@@ -115,7 +115,7 @@ def test_key_blocks_of_64_cover_what_is_visible(causal: bool) -> None:
 def test_packing_and_lists_give_the_mask_back() -> None:
     mask = make("random", 0.25).mask
     bits, counts = masks.pack(mask)
-    assert torch.equal(_bits.unpack(bits, BLOCKS), mask)
+    assert torch.equal(unpack(bits, BLOCKS), mask)
     listed, order = masks.block_lists(mask)
     assert torch.equal(listed, counts) and torch.equal(counts, mask.sum(-1).int())
     for row in (0, 5, BLOCKS - 1):

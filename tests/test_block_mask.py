@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -9,7 +11,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from prism_cuda import reference
 from prism_cuda.block_mask import BlockMask
 
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "square": (256, 256, 64, 64),
     "ragged": (200, 200, 64, 64),
     "prefix": (130, 300, 64, 64),
@@ -101,7 +103,7 @@ def test_plot(tmp_path):
     ],
 )
 def test_validation(change, message):
-    arguments = {
+    arguments: dict[str, Any] = {
         "bits": torch.zeros(1, 2, 4, 1, dtype=torch.int32),
         "counts": torch.zeros(1, 2, 4, dtype=torch.int32),
         "q_len": 256,

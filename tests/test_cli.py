@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prism_cuda
-from prism_cuda import _ops, cli, demo
+from prism_cuda import cli, demo, ops
 
 pytestmark = pytest.mark.usefixtures("needs_library")
 
@@ -47,16 +47,16 @@ def test_info(capsys):
 
 
 def test_info_without_the_library(capsys, monkeypatch):
-    monkeypatch.setattr(_ops, "_reference_library", None)
+    monkeypatch.setattr(ops, "_library", None)
     assert cli.main(["info"]) == 0
     assert "make build" in capsys.readouterr().out
 
 
 def test_a_missing_library_says_how_to_build_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(_ops, "_reference_library", None)
-    monkeypatch.setattr(_ops, "LIBRARY", tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(ops, "_library", None)
+    monkeypatch.setattr(ops, "LIBRARY", tmp_path / "_C.abi3.so")
     with pytest.raises(ImportError, match="make build"):
-        _ops.load()
+        ops.load()
 
 
 @pytest.mark.parametrize("estimator", ["bands", "grid"])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import prism_cuda
 from prism_cuda import bands
 from prism_cuda.config import PrismConfig
 
@@ -36,10 +41,10 @@ from prism_cuda.config import PrismConfig
         ("bands", (64.0, 96)),
         ("bands", ()),
         ("bands", 64),
-        ("bands", [64, 96]),
+        ("bands", [64, 96, 32]),
         ("bands", ["auto", "wide"]),
         ("bands", [(64, 96), (64,)]),
-        ("bands", [(64, 96), [64, 96]]),
+        ("bands", {"high_ranges": [0, 8]}),
         ("bands", [None]),
         ("rope_theta", 1.0),
         ("rope_layout", "neox"),
@@ -57,7 +62,7 @@ from prism_cuda.config import PrismConfig
         ("dense_layers", "first"),
         ("layers", {-1: {"top_p": 0.5}}),
         ("layers", {0: 0.5}),
-        ("layers", {"0": {"top_p": 0.5}}),
+        ("layers", {"first": {"top_p": 0.5}}),
         ("layers", [0.5, 0.9]),
         ("layers", (0.5,)),
     ],
@@ -135,14 +140,14 @@ def test_is_frozen_and_hashable():
     assert config.inv_freq == pytest.approx((1.0, 0.1))
     assert hash(config) == hash(dataclasses.replace(config))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.top_p = 0.5
+        setattr(config, "top_p", 0.5)  # noqa: B010
 
 
 def test_resolved_bands():
     assert PrismConfig().resolve_bands(128) == bands.from_dims(64, 96, 128)
     assert PrismConfig(bands=(32, 64)).resolve_bands(128) == bands.from_dims(32, 64, 128)
     explicit = bands.Bands((0, 8), (8, 64))
-    assert PrismConfig(bands=explicit).resolve_bands(64) is explicit
+    assert PrismConfig(bands=explicit).resolve_bands(64) == explicit
     slow = PrismConfig(rope_theta=1e4, rope_layout="interleaved", block_size=64)
     assert slow.resolve_bands(128) == bands.split(1e4, 128, 64, "interleaved")
     frequencies = 1e4 ** -(torch.arange(0, 128, 2).double() / 128)
@@ -193,3 +198,108 @@ def test_the_estimator_is_the_grid_unless_the_bands_are_set_or_heads_are_large()
     assert PrismConfig(bands=(16, 32)).estimator_of(64) == "bands"
     assert PrismConfig(bands=(16, 32), estimator="grid").estimator_of(64) == "grid"
     assert PrismConfig(estimator="bands").estimator_of(64) == "bands"
+
+
+FULL = PrismConfig(
+    block_size=(64, 64),
+    estimator="bands",
+    top_p=[0.5, 0.75],
+    keep_above=0.25,
+    bands=["auto", (16, 32)],
+    rope_theta=1e4,
+    inv_freq=[1.0, 0.5],
+    rope_layout="interleaved",
+    dense_heads=(1,),
+    dense_layers=(0, 3),
+    layers={2: {"top_p": 0.5, "bands": bands.Bands((0, 8), (8, 64))}, 5: {"dense_heads": {1, 0}}},
+)
+
+
+@pytest.mark.parametrize("config", [PrismConfig(), FULL], ids=["default", "full"])
+def test_settings_come_back_from_json(config, tmp_path):
+    for settings in (config.to_dict(), dataclasses.asdict(config)):
+        again = PrismConfig(**json.loads(json.dumps(settings)))
+        assert again == config and hash(again) == hash(config)
+    assert PrismConfig(**dataclasses.asdict(config)) == config
+    config.save(tmp_path / "prism.json")
+    assert PrismConfig.load(tmp_path / "prism.json") == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_file_of_settings_is_checked(tmp_path):
+    path = tmp_path / "prism.json"
+    for text, message in (
+        ('{"topp": 0.9}', r"prism.json sets topp; expected \('block_size'"),
+        ("[1]", "holds a list; expected an object"),
+        ("{", "prism.json is not JSON"),
+        ('{"top_p": 2}', "top_p is 2; expected"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            PrismConfig.load(path)
+    path.write_text('{"top_p": 0.9}')
+    assert PrismConfig.load(path) == PrismConfig(top_p=0.9)
+
+
+def test_numbers_and_sequences_of_other_libraries():
+    settings: dict[str, Any] = dict(
+        block_size=np.array([128, 64]),
+        top_p=np.float32(0.5),
+        keep_above=np.float64(0.25),
+        bands=np.array([[16, 32], [32, 48]]),
+        inv_freq=np.array([1.0, 0.5]),
+        keep_sink=np.int64(2),
+        dense_below=torch.tensor(100),
+        dense_heads=np.array([1, 0]),
+        dense_layers=[np.int32(3)],
+        layers={"7": {"top_p": np.array([0.5, 1.0])}, np.int64(8): {"keep_recent": np.int8(2)}},
+    )
+    config = PrismConfig(**settings)
+    assert config == PrismConfig(
+        top_p=0.5,
+        keep_above=0.25,
+        bands=((16, 32), (32, 48)),
+        inv_freq=(1.0, 0.5),
+        keep_sink=2,
+        dense_below=100,
+        dense_heads=(0, 1),
+        dense_layers=(3,),
+        layers={7: {"top_p": (0.5, 1.0)}, 8: {"keep_recent": 2}},
+    )
+    assert type(config.top_p) is float and type(config.keep_sink) is int
+    pairs: Any = ([64, 96], [[64, 96], (64, 96)])
+    assert PrismConfig(bands=pairs[0]).bands == (64, 96)
+    assert PrismConfig(bands=pairs[1]).bands == ((64, 96), (64, 96))
+
+
+def test_layers_without_a_number_are_not_dense():
+    for config in (PrismConfig(), PrismConfig(dense_layers=2), PrismConfig(dense_layers=(0, 1))):
+        assert not config.is_dense_layer(-1) and not config.is_dense_layer(None)
+
+
+def test_no_heads_need_no_settings():
+    assert PrismConfig().top_p_of_heads(0) == 0.95
+    with pytest.raises(ValueError, match="top_p has 2 values; expected one number or 0"):
+        PrismConfig(top_p=(0.5, 0.6)).top_p_of_heads(0)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, config: prism_cuda.prefill(q, q, q, config=config),
+        lambda q, config: prism_cuda.select_blocks(q, q, config=config),
+        lambda q, config: prism_cuda.dispatch(9, 9, 64, q.dtype, "cpu", config),
+        lambda q, config: prism_cuda.ChunkedPrefill(1, 1, 64, 9, config=config, device="cpu"),
+        lambda q, config: prism_cuda.register(config, "never"),
+    ],
+    ids=["prefill", "select_blocks", "dispatch", "ChunkedPrefill", "register"],
+)
+@pytest.mark.parametrize("config", [{}, {"top_p": 0.9}, 0.9])
+def test_what_is_no_config_is_refused(call, config):
+    with pytest.raises(TypeError, match=r"config is .*; expected a PrismConfig or None"):
+        call(torch.randn(1, 1, 9, 64), config)
+
+
+def test_with_bands_changes_nothing_else():
+    explicit = bands.Bands((0, 8), (8, 64))
+    assert FULL.with_bands(explicit) == dataclasses.replace(FULL, bands=explicit)

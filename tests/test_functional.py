@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from typing import Any
 
 import pytest
 import torch
 
 import prism_cuda
-from prism_cuda import BlockMask, PrismConfig
+from prism_cuda import BlockMask, PrismConfig, ops, plan
 from prism_cuda.bands import Bands
 
 pytestmark = pytest.mark.usefixtures("needs_library")
@@ -111,7 +113,7 @@ def test_top_p_per_head_is_each_head_on_its_own(top_p_of_heads, estimator):
 
 
 WIDE, NARROW = (48, 64), Bands((0, 8), (24, 32, 50, 64))
-BANDS_PER_HEAD = {
+BANDS_PER_HEAD: dict[str, Any] = {
     "heads": (WIDE, NARROW, "auto", WIDE),
     "groups": (WIDE, WIDE, "auto", "auto", WIDE, WIDE),
     "all_the_same": (NARROW,) * 4,
@@ -163,28 +165,46 @@ def test_bands_per_head_are_each_head_on_its_own(device, name, top_p):
         assert not torch.equal(mask.bits[:, 1:3], alike.bits[:, 1:3])
 
 
-def test_every_distinct_setting_is_selected_once_and_means_are_pooled_once(monkeypatch):
-    q, k, _ = qkv()
+@pytest.fixture
+def called(monkeypatch):
+    """The ops that are called, each with the heads of its first tensor."""
     calls = []
+    call = ops.call
 
-    def count(name):
-        op = getattr(torch.ops.prism, name)
+    def counted(op, *arguments, **keywords):
+        calls.append((op._schema.name.removeprefix("prism::"), arguments[0].shape[1]))
+        return call(op, *arguments, **keywords)
 
-        def counted(*arguments):
-            calls.append((name, arguments[0].shape[1]))
-            return op(*arguments)
+    monkeypatch.setattr(ops, "call", counted)
+    return calls
 
-        monkeypatch.setattr(torch.ops.prism, name, counted)
 
-    for name in ("block_pool", "select_blocks", "estimate_blocks"):
-        count(name)
+def test_every_distinct_choice_of_bands_is_selected_once_and_keys_are_pooled_once(called):
+    q, k, _ = qkv()
     config = PrismConfig(block_size=64, bands=[WIDE, NARROW, WIDE, WIDE], top_p=[0.3] * 3 + [0.6])
     prism_cuda.select_blocks(q, k, config=config)
-    pooled = [("block_pool", 4), ("block_pool", 2)]
-    assert calls == [*pooled, ("select_blocks", 2), ("select_blocks", 1), ("select_blocks", 1)]
-    calls.clear()
+    assert called == [("block_pool", 2), ("select_bands", 3), ("select_bands", 1)]
+    called.clear()
     prism_cuda.select_blocks(q, k, config=PrismConfig(block_size=64, bands=[NARROW] * 4))
-    assert calls == [("estimate_blocks", 4)]
+    assert called == [("select_bands", 4)]
+
+
+ONE_OP: dict[str, dict[str, Any]] = {
+    "grid": {},
+    "bands": {"estimator": "bands"},
+    "top_p_per_head": {"top_p": PER_HEAD},
+    "dense_heads": {"dense_heads": (1,)},
+}
+
+
+@pytest.mark.parametrize("name", ONE_OP)
+@pytest.mark.parametrize(
+    "scores", [{}, {"softcap": 2.0}, {"window_left": 50}, {"return_lse": True}]
+)
+def test_a_call_is_one_op(called, name, scores):
+    config = PrismConfig(block_size=64, dense_below=0, **ONE_OP[name])
+    prism_cuda.prefill(*qkv(), config=config, **scores)
+    assert called == [("prefill", 4)]
 
 
 @pytest.mark.gpu
@@ -224,7 +244,7 @@ def test_settings_for_another_number_of_heads(call):
 def test_top_p_per_head_needs_whole_groups():
     q, k, _ = qkv()
     config = PrismConfig(block_size=64, top_p=(0.1, 0.2, 0.3), dense_below=0)
-    with pytest.raises(ValueError, match="q has 3 heads and k has 2"):
+    with pytest.raises(RuntimeError, match="q has 3 heads and k has 2"):
         prism_cuda.select_blocks(q[:, :3], k, config=config)
 
 
@@ -237,7 +257,7 @@ def test_grid_passes_its_settings_to_the_op(causal):
         out, mask = prism_cuda.prefill(
             q, k, v, config=config, scale=0.3, causal=causal, return_mask=True
         )
-    bits, counts = torch.ops.prism.estimate_grid(q, k, 0.5, 2, 3, 0.05, 0.3, causal, 128, 64)
+    bits, counts = torch.ops.prism.select_grid(q, k, [0.5], [0.05], 2, 3, 0.3, causal, 128, 64)
     assert torch.equal(mask.bits, bits) and torch.equal(mask.counts, counts)
     (call,) = recording.calls
     assert set(call.times) == {"select", "attend"}
@@ -293,6 +313,7 @@ def test_non_causal_stages_keep_their_causality():
 @pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["prism", "dense"])
 def test_every_call_is_recorded_once(config):
     q, k, v = qkv()
+    extras: dict[str, Any]
     for extras in ({}, {"return_lse": True}, {"return_mask": True}):
         with prism_cuda.record(times=True) as recording:
             prism_cuda.prefill(q, k, v, config=config, **extras)
@@ -381,7 +402,7 @@ def test_compiles_without_graph_breaks(estimator, top_p):
 
 
 SINKS = torch.tensor([0.5, -1.0, 4.0, 2.0])
-SCORES = {
+SCORES: dict[str, dict[str, Any]] = {
     "sinks": {"sinks": SINKS},
     "softcap": {"softcap": 1.5},
     "window": {"window_left": 70},
@@ -415,7 +436,7 @@ def dense_scores(q, k, v, scale, causal, sinks=None, softcap=None, window_left=N
 def test_scores_of_every_path(name, causal, config):
     if config is GRID:
         config = dataclasses.replace(config, top_p=1.0)
-    tensors = qkv(130, 300)
+    tensors: Any = qkv(130, 300)
     options = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
     expected, expected_lse = dense_scores(*tensors, 0.3, causal, **SCORES[name])
     out = prism_cuda.prefill(*tensors, **options)
@@ -443,7 +464,7 @@ def test_a_softcap_leaves_out_what_selection_leaves_out():
 
 @pytest.mark.parametrize("head_dim", [32, 96, 256])
 def test_windows_of_other_head_sizes(head_dim):
-    tensors = qkv(130, 300, head_dim)
+    tensors: Any = qkv(130, 300, head_dim)
     expected, _ = dense_scores(*tensors, head_dim**-0.5, True, window_left=40)
     close(prism_cuda.prefill(*tensors, config=SPARSE, window_left=40), expected)
 
@@ -452,7 +473,7 @@ def test_dispatch_of_windows_and_caps():
     def choose(q_len, k_len, head_dim, **options):
         return prism_cuda.dispatch(q_len, k_len, head_dim, torch.float32, "cpu", SPARSE, **options)
 
-    window = prism_cuda.functional.WINDOW_REASON
+    window = plan.WINDOW
     assert choose(300, 300, 96, window_left=100).reason == window
     assert choose(300, 300, 64, window_left=299).reason == "block-sparse"  # hides nothing
     assert choose(300, 300, 264, softcap=2.0).path == "dense"
@@ -472,6 +493,86 @@ def test_what_torch_s_attention_would_leave_out_is_refused(changes):
         prism_cuda.prefill(q, k, v[..., :32].contiguous(), **changes)
 
 
+WRONG: dict[str, Any] = {
+    "v_shorter": (lambda q, k, v: (q, k, v[:, :, :150]), {}, r"v has shape \(2, 2, 150, 64\)"),
+    "v_heads": (lambda q, k, v: (q, k, v[:, :1]), {}, r"v has shape \(2, 1, 300, 64\)"),
+    "batch": (lambda q, k, v: (q, k[:1], v[:1]), {}, "k has batch size 1; expected q's, 2"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), {}, "q has 3 heads and k has 2; expected a mult"),
+    "no_heads": (lambda q, k, v: (q[:, :0], k[:, :0], v[:, :0]), {}, "q has 0 heads and k has 0"),
+    "head_dim": (lambda q, k, v: (q, k[..., :32], v), {}, "k has head_dim 32; expected q's, 64"),
+    "dims": (lambda q, k, v: (q[0], k[0], v[0]), {}, r"q has shape \(4, 300, 64\); expected 4 dim"),
+    "dims_of_v": (lambda q, k, v: (q, k, v[0]), {}, r"v has shape \(2, 300, 64\); expected 4 dim"),
+    "dtype": (lambda q, k, v: (q, k.bfloat16(), v), {}, "k has dtype torch.bfloat16; expected q's"),
+    "device": (lambda q, k, v: (q, k, v.to("meta")), {}, "v is on meta but q is on cpu; expected"),
+    "stride": (lambda q, k, v: (q.mT.contiguous().mT, k, v), {}, "q has last stride 300; expected"),
+    "scale": (lambda *x: x, {"scale": -0.1}, "scale is -0.1; expected None, or a finite number"),
+    "no_scale": (lambda *x: x, {"scale": 0.0}, "scale is 0.0; expected None"),
+    "window": (lambda *x: x, {"window_left": -1}, "window_left is -1; expected None, or 0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_both_paths_refuse_the_same_calls(name):
+    change, options, message = WRONG[name]
+    errors = set()
+    for config in (DENSE, SPARSE, GRID, PrismConfig()):
+        with pytest.raises(RuntimeError, match="prefill: " + message) as error:
+            prism_cuda.prefill(*change(*qkv()), config=config, **options)
+        errors.add(str(error.value))
+    assert len(errors) == 1
+
+
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_settings_that_do_not_fit_the_heads_are_refused_on_both_paths(config):
+    for wrong, message in (
+        ({"top_p": (0.5, 0.6)}, "top_p has 2 values; expected one number or 4"),
+        ({"dense_heads": (4,)}, "dense_heads names head 4"),
+        ({"bands": (64, 96)}, "low is 96"),
+        ({"bands": [(16, 32)] * 3}, "bands has 3 entries; expected one for all heads or 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prism_cuda.prefill(*qkv(), config=dataclasses.replace(config, **wrong))
+
+
+@pytest.mark.parametrize("config", [EXACT, DENSE], ids=["prism", "dense"])
+def test_autocast_decides_by_the_dtype_it_computes_in(config):
+    tensors: Any = qkv()
+    low = [x.bfloat16() for x in tensors]
+    want = prism_cuda.prefill(*low, config=config)
+    with torch.autocast("cpu", dtype=torch.bfloat16), prism_cuda.record() as recording:
+        out, mask = prism_cuda.prefill(*tensors, config=config, return_mask=True)
+        assert torch.equal(prism_cuda.sparse_attention(*tensors, mask), out) or config is DENSE
+        assert torch.equal(
+            prism_cuda.select_blocks(*tensors[:2], config=config).bits,
+            prism_cuda.select_blocks(*low[:2], config=config).bits,
+        )
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    assert recording.calls[0].path == ("dense" if config is DENSE else "prism")
+    doubles = [x.double() for x in tensors]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert prism_cuda.prefill(*doubles, config=config).dtype == torch.float64  # as SDPA
+
+
+def test_a_device_without_cuda_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(plan, "_decide", inspect.unwrap(plan._decide))
+    choice = prism_cuda.dispatch(9000, 9000, 128, torch.bfloat16, "cuda")
+    assert choice.path == "dense" and "CUDA" in choice.reason
+
+
+def test_plans_are_remembered_but_not_by_lengths():
+    config = PrismConfig(top_p=0.71)
+    device = torch.device("cpu")
+    plans = {
+        id(prism_cuda.dispatch(length, length, 64, torch.float32, device, config))
+        for length in range(3000, 3100)
+    }
+    assert len(plans) == 1
+    for lengths in ((5, 3000), (300, 310), (1, 70)):
+        reason = prism_cuda.dispatch(*lengths, 64, torch.float32, device, config).reason
+        assert not set(map(str, lengths)) & set(reason.split())
+
+
 def test_fp8_keys_are_sent_to_prefill_varlen():
     q, k, v = (x.bfloat16() for x in qkv(256, 256))
     k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
@@ -481,3 +582,20 @@ def test_fp8_keys_are_sent_to_prefill_varlen():
             call(q, k, v)
     with pytest.raises(ValueError, match=r"select_blocks: k has dtype"):
         prism_cuda.select_blocks(q, k)
+
+
+def test_layers_of_an_fp32_model_attend_in_autocast_s_dtype():
+    pytest.importorskip("transformers", minversion="5")
+    from helpers.models import MODELS
+
+    prism_cuda.register(EXACT, "prism-autocast")
+    model = MODELS["llama"].build().float()
+    ids = torch.randint(3, 90, (1, 200))
+    logits = {}
+    for implementation in ("sdpa", "prism-autocast"):
+        model.set_attn_implementation(implementation)
+        low = torch.autocast("cpu", dtype=torch.bfloat16)
+        with low, torch.no_grad(), prism_cuda.record() as recording:
+            logits[implementation] = model(ids).logits
+    assert {call.path for call in recording.calls} == {"prism"}
+    torch.testing.assert_close(logits["prism-autocast"], logits["sdpa"], atol=0.05, rtol=0.05)

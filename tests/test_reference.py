@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from prism_cuda import _bits, reference
+from prism_cuda import reference
+from prism_cuda.bits import pack, unpack
 from prism_cuda.reference.blocks import Rules
 
 # q_len, k_len, q_block_size, k_block_size
@@ -176,7 +177,7 @@ def test_select_bands_is_the_union(lengths, causal):
     for band in (high, low):
         logits = reference.band_logits(q_means, k_means, band)
         expected = expected | reference.probable_blocks(logits, visible, rules)
-    kept = _bits.unpack(bits, visible.shape[1])
+    kept = unpack(bits, visible.shape[1])
     assert torch.equal(kept, (expected & visible).expand_as(kept))
     assert torch.equal(counts, kept.sum(-1, dtype=torch.int32))
 
@@ -195,9 +196,7 @@ def test_sparse_attention(lengths, causal):
     q, k, v = qkv(q_len, k_len)
     kept = torch.rand(2, 4, -(-q_len // q_size), -(-k_len // k_size)) < 0.5
     counts = kept.sum(-1, dtype=torch.int32)
-    out, lse = reference.sparse_attention(
-        q, k, v, _bits.pack(kept), counts, 0.3, causal, q_size, k_size
-    )
+    out, lse = reference.sparse_attention(q, k, v, pack(kept), counts, 0.3, causal, q_size, k_size)
     expected, expected_lse = attention_by_row(q, k, v, kept, 0.3, causal, q_size, k_size)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse.to(lse.dtype))
@@ -209,7 +208,7 @@ def test_sparse_attention_in_low_precision_and_strides():
     )
     kept = torch.ones(2, 4, 2, 2, dtype=torch.bool)
     counts = kept.sum(-1, dtype=torch.int32)
-    bits = _bits.pack(kept)
+    bits = pack(kept)
     out, lse = reference.sparse_attention(q, k, v, bits, counts, None, True, 64, 64)
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
     assert out.stride() == q.stride()
@@ -222,7 +221,7 @@ def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
     k[0, 0, 100] = math.nan
     kept = torch.ones(2, 4, 2, 2, dtype=torch.bool)
     counts = kept.sum(-1, dtype=torch.int32)
-    out, _ = reference.sparse_attention(q, k, v, _bits.pack(kept), counts, None, True, 64, 64)
+    out, _ = reference.sparse_attention(q, k, v, pack(kept), counts, None, True, 64, 64)
     assert out[0, :2, 100:].isnan().all()
     assert not out[0, :2, :100].isnan().any() and not out[0, 2:].isnan().any()
 
@@ -230,10 +229,10 @@ def test_nan_in_a_key_reaches_only_the_rows_that_see_it():
 @pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 64, 100])
 def test_pack_and_unpack(length):
     dense = torch.rand(3, 2, length) < 0.5
-    bits = _bits.pack(dense)
+    bits = pack(dense)
     assert bits.dtype == torch.int32 and bits.shape == (3, 2, -(-length // 32))
-    assert torch.equal(_bits.unpack(bits, length), dense)
+    assert torch.equal(unpack(bits, length), dense)
     for i in range(length):
         assert bool(bits[0, 0, i // 32] >> i % 32 & 1) == bool(dense[0, 0, i])
     if bits.numel():
-        assert not _bits.unpack(bits, 32 * bits.shape[-1])[..., length:].any()
+        assert not unpack(bits, 32 * bits.shape[-1])[..., length:].any()

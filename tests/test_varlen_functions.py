@@ -73,8 +73,9 @@ def test_varlen_wrapper_passes_everything_on() -> None:
         sinks=sinks,
         return_lse=True,
     )
+    batch: Any = [x.transpose(0, 1)[None] for x in (q, k, v)]
     want, want_lse = prism_cuda.sparse_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), mask, scale=0.3, sinks=sinks, return_lse=True
+        *batch, mask, scale=0.3, sinks=sinks, return_lse=True
     )
     assert torch.equal(out, want[0].transpose(0, 1))
     assert torch.equal(lse, want_lse[0])
@@ -108,7 +109,7 @@ def test_settings_per_head_are_those_of_each_head_alone(
         config = prism_cuda.PrismConfig(estimator="bands", dense_below=0, **settings)
         return prism_cuda.prefill_varlen(
             case.q, case.k, case.v, **where, config=config, return_lse=True, return_mask=True
-        )  # type: ignore[return-value]
+        )
 
     out, lse, bits, counts = run(bands=bands, top_p=top_p)
     for head in range(q_heads):

@@ -13,7 +13,7 @@ import torch
 from attend import Blocks, block_mass
 from scores import Call, Score
 
-from prism_cuda._bits import unpack
+from prism_cuda.bits import unpack
 
 Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 Group = Literal["reference", "baseline", "ablation", "variant"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prism_cuda.cli import print_table
+from prism_cuda.tables import print_table
 
 # Tolerated rise of perplexity, and loss of mean task accuracy.
 PERPLEXITY_RISES = (0.01, 0.003, 0.001)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from prism_cuda.config import PrismConfig
+from prism_cuda.config import PrismConfig, as_config
 
 
 def register(config: PrismConfig | None = None, name: str = "prism") -> None:
@@ -20,7 +20,7 @@ def register(config: PrismConfig | None = None, name: str = "prism") -> None:
     Raises:
         ImportError: if transformers >= 5 is not installed.
     """
-    _plugin().register(config or PrismConfig(), name)
+    _plugin().register(as_config("register", config), name)
 
 
 def use_continuous_batching(model: Any, name: str = "prism") -> None:

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from prism_cuda import functional
+from prism_cuda import run
 from prism_cuda.config import PrismConfig
-from prism_cuda.functional import Scores
 from prism_cuda.integrations.masks import token_mask
+from prism_cuda.options import ScoreOptions
+from prism_cuda.plan import Plan
 
 # Scores that eager attention holds in memory at once, over batch, heads, queries and keys.
 EAGER_SCORES = 1 << 26
@@ -53,14 +54,15 @@ class LayerCall:
             return "dropout"
         return "dense_layers" if self.dense else None
 
-    def scores(self) -> Scores:
+    def options(self) -> ScoreOptions:
         """Sinks, soft-capping and window, the sinks as the model has them."""
-        return Scores(self.sinks, self.softcap, None if self.window is None else self.window - 1)
+        window = None if self.window is None else self.window - 1
+        return ScoreOptions(self.sinks, self.softcap, window)
 
-    def kernel_scores(self) -> Scores:
+    def kernel_options(self) -> ScoreOptions:
         """The same as the ops take them."""
         sinks = None if self.sinks is None else self.sinks.float().contiguous()
-        return dataclasses.replace(self.scores(), sinks=sinks)
+        return dataclasses.replace(self.options(), sinks=sinks)
 
 
 def attend(
@@ -79,12 +81,20 @@ def attend(
     """
     q_len, k_len = query.shape[2], key.shape[2]
     needs_scores = call.softcap is not None or call.sinks is not None
-    windowed = call.scores().windowed(k_len)
+    windowed = call.options().windowed(k_len)
     if mask is None and call.causal and not (needs_scores or windowed):
-        return functional.run_dense(
-            query, key, value, call.scale, True, reason, call.layer_idx, call.dropout
+        out, _, _, _ = run.run(
+            Plan("dense", "sdpa", reason),
+            query,
+            key,
+            value,
+            call.config,
+            scale=call.scale,
+            layer_idx=call.layer_idx,
+            dropout=call.dropout,
         )
-    functional.note_dense(reason, query, key, call.layer_idx)
+        return out
+    run.note_dense(reason, query, key, call.layer_idx)
     if mask is None and call.causal and (q_len > 1 or windowed):
         mask = token_mask(q_len, k_len, query.device, window=call.window)
     if needs_scores:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from prism_cuda import functional, ragged
+from prism_cuda import plan, run
+from prism_cuda.batch import Batch
 from prism_cuda.integrations.dense import LayerCall
-from prism_cuda.integrations.rope import chooser_of_layer
+from prism_cuda.integrations.rope import config_of_layer
 from prism_cuda.integrations.warnings import warn_of_dense
-from prism_cuda.ragged import Sequences
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -64,7 +64,9 @@ def _why_apart(call: LayerCall, query: torch.Tensor, value: torch.Tensor) -> str
         return "a non-causal layer"
     if call.dropout > 0:
         return "dropout"
-    kernel = functional.attention_kernel(query.shape[-1], query.dtype, query.device, call.config)
+    kernel = plan.attention_kernel(
+        query.shape[-1], query.dtype, query.device, call.config.block_sizes
+    )
     return kernel if kernel.startswith("unsupported") else None
 
 
@@ -83,31 +85,29 @@ def _at_once(
     q_ends = torch.cat([q_ends, q_ends.new_full((1,), query.shape[2])])
     k_ends = torch.cat([k_ends, k_ends[-1:]])
     q_ends, k_ends = (ends.to(query.device, torch.int32) for ends in (q_ends, k_ends))
-    where = Sequences(q_ends, k_ends, None, None, max_q_len, max_k_len)
-    scores = call.kernel_scores()
-    head_dim = query.shape[-1]
-    chooser = None
-    selects = not call.dense and ragged.selects(where, call.config, scores)
-    if selects and not functional.is_estimated(head_dim, call.config):
-        warn_of_dense(
-            call.module,
-            functional.why_dense(max_q_len, max_k_len, head_dim, call.config, windowed=False),
-        )
-    elif selects:
-        chooser = chooser_of_layer(call.module, head_dim, call.config)
+    batch = Batch(q_ends, k_ends, None, None, max_q_len, max_k_len)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out, _, _, _ = ragged.run(
+    head_dim, config, options = query.shape[-1], call.config, call.kernel_options()
+    chosen = plan.plan(q, k, v, config, options, batch=batch)
+    if call.dense:
+        chosen = plan.dense(chosen, "dense_layers")
+    elif chosen.estimator is not None:
+        reason = plan.why_not_estimated(head_dim, config)
+        if reason is None:
+            config = config_of_layer(call.module, head_dim, config)
+        else:
+            warn_of_dense(call.module, reason)
+            chosen = plan.dense(chosen, reason)
+    out, _, _, _ = run.run(
+        chosen,
         q,
         k,
         v,
-        where,
-        chooser,
-        call.config,
-        call.scale,
-        True,
-        scores,
-        dense="dense_layers" if call.dense else None,
+        config,
+        options,
+        scale=call.scale,
         layer_idx=call.layer_idx,
+        batch=batch,
     )
     return out.transpose(0, 1)[None]
 

@@ -15,7 +15,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from prism_cuda import bands
 from prism_cuda.bands import Bands, Layout
 from prism_cuda.config import PrismConfig
-from prism_cuda.per_head import Chooser
 
 # Hybrid models whose layers with full attention have no position embedding, by class name.
 ROTATE_WINDOWED_ONLY = ("Cohere2", "Exaone4", "ExaoneMoe", "Flint")
@@ -25,6 +24,8 @@ Ranges = tuple[tuple[int, ...], tuple[int, ...]]
 # By layer, then by head_dim and settings: a layer's frequencies do not change.
 _ranges: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], tuple[Ranges, ...]]]
 _ranges = WeakKeyDictionary()
+_configs: WeakKeyDictionary[torch.nn.Module, dict[tuple[int, PrismConfig], PrismConfig]]
+_configs = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
@@ -45,12 +46,23 @@ def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) ->
     return ranges
 
 
-def chooser_of_layer(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> Chooser:
-    """What blocks of a layer are chosen by, its bands as they are remembered; for compilers too."""
-    if config.estimator_of(head_dim) == "grid":
-        return "grid"
-    of_heads = tuple(Bands(*ranges) for ranges in layer_ranges(module, head_dim, config))
-    return of_heads if config.bands_per_head() else of_heads[0]
+def config_of_layer(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> PrismConfig:
+    """The settings of a layer with its bands spelt out, remembered; for compilers too."""
+    if config.estimator_of(head_dim) != "bands":
+        return config
+    if torch.compiler.is_compiling():
+        return _with_bands(config, layer_ranges(module, head_dim, config))
+    of_layer = _configs.setdefault(module, {})
+    known = of_layer.get((head_dim, config))
+    if known is None:
+        known = _with_bands(config, layer_ranges(module, head_dim, config))
+        of_layer[head_dim, config] = known
+    return known
+
+
+def _with_bands(config: PrismConfig, ranges: tuple[Ranges, ...]) -> PrismConfig:
+    of_heads = tuple(Bands(*own) for own in ranges)
+    return config.with_bands(of_heads if config.bands_per_head() else of_heads[0])
 
 
 def layer_bands(

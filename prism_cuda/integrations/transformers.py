@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from prism_cuda import functional
+from prism_cuda import plan, run
 from prism_cuda.config import PrismConfig
 from prism_cuda.integrations import dense
 from prism_cuda.integrations.dense import LayerCall
 from prism_cuda.integrations.masks import mask_window, prism_mask, row_spans
 from prism_cuda.integrations.packed import Attend, attend_packed
-from prism_cuda.integrations.rope import chooser_of_layer
+from prism_cuda.integrations.rope import config_of_layer
 from prism_cuda.integrations.warnings import warn_of_dense, warn_once
 
 
@@ -96,6 +96,7 @@ class PrismAttention:
         _refuse_unsupported(module, kwargs)
         if kwargs.get("output_attentions"):
             warn_once("prism: attention weights are never computed; none are returned.")
+        query, key, value = plan.computed(query, key, value)
         layer_idx = getattr(module, "layer_idx", None)
         if attention_mask is not None and attention_mask.dim() == 3:
             sliding_window = mask_window(attention_mask)
@@ -138,26 +139,23 @@ class PrismAttention:
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one sequence per row, sparse if it can be: (B, Hq, q, D)."""
-        scores = call.scores()
-        choice = functional.choose(query, key, value, call.config, scores)
-        reason = call.why_dense(mask) if choice.path == "prism" else choice.reason
+        chosen = plan.plan(query, key, value, call.config, call.options())
+        reason = call.why_dense(mask) if chosen.path == "prism" else chosen.reason
         if reason is not None:
             _warn_of_dense(call, query, key, mask, reason)
             return dense.attend(call, query, key, value, mask, reason)
-        chooser = None
-        if choice.estimator is not None:
-            chooser = chooser_of_layer(call.module, query.shape[-1], call.config)
-        out, _, _ = functional.run_sparse(
+        config = call.config
+        if chosen.estimator is not None:
+            config = config_of_layer(call.module, query.shape[-1], config)
+        out, _, _, _ = run.run(
+            chosen,
             query,
             key,
             value,
-            chooser,
-            call.config,
-            call.scale,
-            True,
-            choice.reason,
-            call.layer_idx,
-            call.kernel_scores(),
+            config,
+            call.kernel_options(),
+            scale=call.scale,
+            layer_idx=call.layer_idx,
         )
         return out
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prism_cuda import _bits
+from prism_cuda.bits import WORD_BITS, unpack
 from prism_cuda.reference.bands import accumulate_dtype
 from prism_cuda.reference.batch import Sequences
 
@@ -66,7 +66,7 @@ def sparse_attention(
         rows = where.rows(b, q.shape[0])
         keys, values = (where.keys(x, b) for x in (k, v))
         q_blocks, k_blocks = where.blocks(rows.stop - rows.start, keys.shape[2], sizes)
-        words = -(-k_blocks // _bits.WORD_BITS)
+        words = -(-k_blocks // WORD_BITS)
         own_bits, own_counts = bits[b, :, :q_blocks, :words], counts[b, :, :q_blocks]
         queries = q[rows].transpose(0, 1)[None]
         own_out, own_lse = attend(queries, keys, values, own_bits[None], own_counts[None])
@@ -95,7 +95,7 @@ def _attend_dense(
     kv_heads, k_len = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
     dtype = accumulate_dtype(q.dtype)
-    kept = _bits.unpack(bits, -(-k_len // k_block_size))
+    kept = unpack(bits, -(-k_len // k_block_size))
     token = torch.arange(k_len, device=q.device)
     k, v = k.to(dtype), v.to(dtype)
     k_scales = [1.0] * kv_heads if k_scale is None else k_scale.tolist()

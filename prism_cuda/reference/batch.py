@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prism_cuda import _bits
+from prism_cuda.bits import WORD_BITS
 from prism_cuda.reference.blocks import Mask, pack, visible_blocks
 
 
@@ -97,7 +97,7 @@ def select_each(
     assert sequences.max_seqlen_q is not None and sequences.max_seqlen_k is not None
     q_blocks, k_blocks = sequences.blocks(sequences.max_seqlen_q, sequences.max_seqlen_k, sizes)
     counts = q.new_zeros(sequences.count(), q.shape[1], q_blocks, dtype=torch.int32)
-    bits = counts.new_zeros(*counts.shape, -(-k_blocks // _bits.WORD_BITS))
+    bits = counts.new_zeros(*counts.shape, -(-k_blocks // WORD_BITS))
     for b in range(sequences.count()):
         queries = q[sequences.rows(b, q.shape[0])].transpose(0, 1)[None]
         keys = sequences.keys(k, b)

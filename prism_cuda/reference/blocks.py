@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prism_cuda import _bits
+from prism_cuda.bits import pack as pack_bits
 
 Mask = tuple[torch.Tensor, torch.Tensor]  # bits and counts
 
@@ -139,4 +139,4 @@ def select(
 
 def pack(kept: torch.Tensor) -> Mask:
     """Bits int32 (..., Nq, ceil(Nk / 32)) and counts int32 (..., Nq) of bool (..., Nq, Nk)."""
-    return _bits.pack(kept), kept.sum(-1, dtype=torch.int32)
+    return pack_bits(kept), kept.sum(-1, dtype=torch.int32)

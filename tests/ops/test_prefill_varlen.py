@@ -282,7 +282,7 @@ def test_wrong_calls(batch: Batch) -> None:
             *tensors, **batch.where, config=dataclasses.replace(CONFIG, top_p=(0.1, 0.2, 0.3))
         )
     per_head = dataclasses.replace(CONFIG, top_p=(0.1, 0.2, 0.3, 0.4))
-    with pytest.raises(ValueError, match="q has 4 heads and k has 3"):
+    with pytest.raises(RuntimeError, match="q has 4 heads and k has 3"):
         prism_cuda.prefill_varlen(
             batch.q, *torch.zeros(2, 1000, 3, HEAD_DIM), **batch.where, config=per_head
         )

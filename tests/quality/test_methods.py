@@ -15,7 +15,7 @@ from methods import METHODS, Grid
 from scores import Call
 
 from prism_cuda import PrismConfig, reference
-from prism_cuda._bits import unpack
+from prism_cuda.bits import unpack
 
 LENGTH = 700
 

@@ -1,12 +1,36 @@
-"""Masks that keep every block: those of dense attention and of a sliding window."""
+"""Block masks in 32-bit words: packing, unpacking, and the mask that keeps every block."""
 
 from __future__ import annotations
 
 import torch
 
-from prism_cuda import _bits
+WORD_BITS = 32
 
 Lengths = int | torch.Tensor
+
+
+def pack(dense: torch.Tensor) -> torch.Tensor:
+    """Pack bool (..., n) into int32 (..., ceil(n / 32)); element 32 * w + j is bit j of word w."""
+    words = -(-dense.shape[-1] // WORD_BITS)
+    padded = torch.nn.functional.pad(dense, (0, words * WORD_BITS - dense.shape[-1]))
+    weights = 1 << torch.arange(WORD_BITS, device=dense.device, dtype=torch.int64)
+    sums = (padded.unflatten(-1, (words, WORD_BITS)) * weights).sum(-1)
+    # A set top bit is the sign of an int32 word.
+    return torch.where(sums >= 1 << 31, sums - (1 << 32), sums).to(torch.int32)
+
+
+def unpack(bits: torch.Tensor, length: int) -> torch.Tensor:
+    """Unpack int32 (..., words) into bool (..., length); the inverse of :func:`pack`."""
+    shifts = torch.arange(WORD_BITS, device=bits.device, dtype=torch.int32)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :length]
+
+
+def prefix(lengths: torch.Tensor, words: int) -> torch.Tensor:
+    """Int32 (..., words) with the first ``lengths`` (int, >= 0) of each row's bits set."""
+    starts = torch.arange(0, words * WORD_BITS, WORD_BITS, device=lengths.device)
+    in_word = (lengths.unsqueeze(-1) - starts).clamp(0, WORD_BITS)
+    # In 64 bits, where a shift by 32 is defined.
+    return ((1 << in_word.long()) - 1).to(torch.int32)
 
 
 def every_block(
@@ -48,5 +72,5 @@ def every_block(
         first = torch.zeros_like(end)
     else:
         first = ((row + offset - window_left) // k_block_size).clamp_min(0)
-    bits = _bits.prefix(end, words) & ~_bits.prefix(first, words)
+    bits = prefix(end, words) & ~prefix(first, words)
     return bits, (end - first).clamp_min(0).to(torch.int32)

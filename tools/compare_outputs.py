@@ -113,7 +113,7 @@ def ragged_cases() -> Iterator[Case]:
         x[0].transpose(0, 1)
         for x in inputs(sum(lengths_q), sum(lengths_k), (4, 2), 128, torch.bfloat16)
     )
-    longest = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
+    longest: dict[str, Any] = {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
     page = 16
     pages = [-(-n // page) for n in lengths_k]
     table = torch.zeros(len(pages), max(pages), dtype=torch.int32)

@@ -10,6 +10,7 @@ by how many bits of its mask and by how much in its output.
 from __future__ import annotations
 
 import sys
+from typing import Any
 from collections.abc import Callable, Iterator
 
 import torch

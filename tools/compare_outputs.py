@@ -10,8 +10,8 @@ by how many bits of its mask and by how much in its output.
 from __future__ import annotations
 
 import sys
-from typing import Any
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -149,8 +149,9 @@ def ragged_cases() -> Iterator[Case]:
                     tensors: tuple = tensors,
                     where: dict = where,
                 ) -> tuple[torch.Tensor, ...]:
+                    k, v = tensors
                     out, lse, bits, counts = prism_cuda.prefill_varlen(
-                        q, *tensors, cu_seqlens_q=starts_q, config=config, return_lse=True,
+                        q, k, v, cu_seqlens_q=starts_q, config=config, return_lse=True,
                         return_mask=True, **where, **longest,
                     )  # fmt: skip
                     return bits, counts, out, lse

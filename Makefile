@@ -54,9 +54,9 @@ venv: $(READY)
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q '$(TORCH)'
+	$(PY) -m pip install -q --no-compile '$(TORCH)'
 	$(PY) tools/requirements.py build hf plot dev > $(VENV)/requirements.txt
-	$(PY) -m pip install -q -r $(VENV)/requirements.txt
+	$(PY) -m pip install -q --no-compile -r $(VENV)/requirements.txt
 	@touch $@
 
 build: $(LIBRARY)

@@ -10,10 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-if __package__:
-    from third_party.find_cuda import packaged_toolkit
-else:
-    from find_cuda import packaged_toolkit  # type: ignore[import-not-found,no-redef]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from third_party.find_cuda import packaged_toolkit  # noqa: E402
 
 # One release: nvcc, what it calls and the headers it compiles belong together.
 PACKAGES = (

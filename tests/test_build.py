@@ -102,7 +102,7 @@ def test_packages_of_the_toolkit_are_of_one_release():
     assert versions == {"13.0"}
 
 
-def fake_nvidia_smi(monkeypatch, folder: Path, answer: str) -> None:
+def fake_nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, answer: str) -> None:
     program = folder / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
     program.chmod(0o755)
@@ -164,10 +164,10 @@ def test_an_include_that_is_missing_is_found(tmp_path):
 
 
 def test_the_matrix_has_the_versions_that_pyproject_names():
-    table = re.search(r"TABLE='(.*?)'", (ROOT / "tools/matrix.sh").read_text(), re.DOTALL)[1]
+    (table,) = re.findall(r"TABLE='(.*?)'", (ROOT / "tools/matrix.sh").read_text(), re.DOTALL)
     versions = {name: pair for name, *pair in map(str.split, table.splitlines())}
     text = (ROOT / "pyproject.toml").read_text()
-    oldest = [re.search(rf'"{package}>=([\d.]+)', text)[1] for package in ("torch", "transformers")]
+    oldest = [re.findall(rf'"{name}>=([\d.]+)', text)[0] for name in ("torch", "transformers")]
     assert [version.removesuffix(".0") for version in versions["oldest"]] == oldest
     assert list(versions)[0] == "oldest"
     assert list(versions)[-1] == "newest"

@@ -101,7 +101,7 @@ def test_wrong_lengths_are_refused() -> None:
     chunked.append(prompt(1)[1][:, :, :300])
     for length in (-1, 301, 2.5):
         with pytest.raises(ValueError, match=rf"length is {length}; expected 0 to 300"):
-            chunked.truncate(length)
+            chunked.truncate(length)  # type: ignore[arg-type]
     assert chunked.length == 300
 
 

@@ -41,8 +41,8 @@ HARMLESS = frozenset(
 UNSUPPORTED = {
     "block_table": "a block table, which prism does not read; set "
     "ContinuousBatchingConfig(max_blocks_per_request=0)",
-    "cache": "an argument cache, by which transformers before 5.24 means continuous batching, which "
-    "prism supports from 5.24 on; a model's own cache is past_key_values there",
+    "cache": "an argument cache, by which transformers before 5.24 means continuous batching, "
+    "which prism supports from 5.24 on; a model's own cache is past_key_values there",
 }
 
 

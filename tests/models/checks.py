@@ -179,7 +179,7 @@ def chunked(model: Any, inputs: dict[str, Any], outcome: Outcome) -> None:
 
     @torch.no_grad()
     def run() -> torch.Tensor:
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        cache: Any = DynamicCache(config=model.config.get_text_config(decoder=True))
         parts = []
         if key == "decoder_input_ids":
             from transformers import EncoderDecoderCache

@@ -15,6 +15,10 @@ Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& bloc
       new_empty(like, {shape.batch, shape.q_heads, q_blocks}, ScalarType::Int)};
 }
 
+Tensor new_counted_workspace(const Tensor& like, int64_t bytes) {
+  return new_workspace(like, kCounterBytes + bytes);
+}
+
 void check_key_blocks(const SelectCall& call) {
   const int64_t k_blocks = call.shape.k_blocks(call.blocks);
   PRISM_CHECK(k_blocks <= kMaxSelectKeyBlocks, call.op,

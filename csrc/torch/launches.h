@@ -20,10 +20,13 @@ Mask new_mask(const Tensor& like, const Shape& shape, const BlockArguments& bloc
 // Before anything is allocated: rows that the kernels of estimators have room for.
 void check_key_blocks(const SelectCall& call);
 
+// A tile counter in kCounterBytes, and `bytes` behind it.
+Tensor new_counted_workspace(const Tensor& like, int64_t bytes);
+
 // The workspace is left for the caller to set.
 SelectParams select_params(const SelectCall& call, const Mask& mask);
 
-// Launch a selection into the mask. Returns the workspace, whose first kCounterBytes are free.
+// Launch a selection into the mask. Returns the workspace, whose tile counter is not used.
 Tensor select(const CudaContext& context, const BandsCall& call, const Mask& mask);
 Tensor select(const CudaContext& context, const GridCall& call, const Mask& mask);
 

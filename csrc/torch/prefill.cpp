@@ -72,8 +72,9 @@ Tensor launch_selection(const CudaContext& context, const PrefillCall& call,
   KeepBlocksParams params;
   params.select = select_params(selection, mask);
   params.window_left = window_of(call);
+  const Tensor workspace = new_counted_workspace(call.on, /*bytes=*/0);
   context.check(launch_keep_blocks(params, context.stream()));
-  return new_workspace(call.on, kCounterBytes);
+  return workspace;
 }
 
 }  // namespace

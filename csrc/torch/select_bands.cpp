@@ -70,7 +70,7 @@ Tensor select(const CudaContext& context, const BandsCall& call, const Mask& mas
   params.k_scale = float_data(call.k_scale);
   int64_t bytes = 0;
   context.check(bands_workspace_bytes(params, &bytes));
-  const Tensor workspace = new_workspace(call.on, kCounterBytes + bytes);
+  const Tensor workspace = new_counted_workspace(call.on, bytes);
   params.select.workspace = static_cast<char*>(workspace.data_ptr()) + kCounterBytes;
   context.check(launch_select_bands(params, context.sm(), context.stream()));
   keep_short(context, params.select, call.dense_below);

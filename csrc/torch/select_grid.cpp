@@ -53,7 +53,7 @@ Tensor select(const CudaContext& context, const GridCall& call, const Mask& mask
   params.dtype = kernel_dtype(call.on);
   int64_t bytes = 0;
   context.check(grid_workspace_bytes(params, &bytes));
-  const Tensor workspace = new_workspace(call.on, kCounterBytes + bytes);
+  const Tensor workspace = new_counted_workspace(call.on, bytes);
   params.select.workspace = static_cast<char*>(workspace.data_ptr()) + kCounterBytes;
   context.check(launch_select_grid(params, context.sm(), context.stream()));
   keep_short(context, params.select, call.dense_below);

@@ -313,10 +313,9 @@ def test_non_causal_stages_keep_their_causality():
 @pytest.mark.parametrize("config", [SPARSE, DENSE], ids=["prism", "dense"])
 def test_every_call_is_recorded_once(config):
     q, k, v = qkv()
-    for extra in (None, "return_lse", "return_mask"):
-        extras: dict[str, Any] = {extra: True} if extra else {}
+    for lse, mask in ((False, False), (True, False), (False, True)):
         with prism_cuda.record(times=True) as recording:
-            prism_cuda.prefill(q, k, v, config=config, **extras)
+            prism_cuda.prefill(q, k, v, config=config, return_lse=lse, return_mask=mask)
         assert len(recording.calls) == 1
 
 
@@ -436,7 +435,7 @@ def dense_scores(q, k, v, scale, causal, sinks=None, softcap=None, window_left=N
 def test_scores_of_every_path(name, causal, config):
     if config is GRID:
         config = dataclasses.replace(config, top_p=1.0)
-    tensors = q, k, v = qkv(130, 300)
+    q, k, v = tensors = qkv(130, 300)
     options: dict[str, Any] = {"config": config, "scale": 0.3, "causal": causal} | SCORES[name]
     expected, expected_lse = dense_scores(q, k, v, 0.3, causal, **SCORES[name])
     out = prism_cuda.prefill(*tensors, **options)
@@ -571,9 +570,9 @@ def test_autocast_decides_by_the_dtype_it_computes_in(config):
         )
     assert out.dtype == torch.bfloat16 and torch.equal(out, want)
     assert recording.calls[0].path == ("dense" if config is DENSE else "prism")
-    doubles = [x.double() for x in (q, k, v)]
+    q, k, v = (x.double() for x in (q, k, v))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert prism_cuda.prefill(*doubles, config=config).dtype == torch.float64  # as SDPA
+        assert prism_cuda.prefill(q, k, v, config=config).dtype == torch.float64  # as SDPA
 
 
 def test_a_device_without_cuda_says_so(monkeypatch):

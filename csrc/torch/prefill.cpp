@@ -71,10 +71,10 @@ Tensor launch_selection(const CudaContext& context, const PrefillCall& call,
     return select(context, GridCall{selection, call.scale, std::nullopt, std::nullopt}, mask,
                   Counter::kCleared);
   }
-  const Tensor workspace = new_workspace(context, call.on, 0, Counter::kCleared);
   KeepBlocksParams params;
   params.select = select_params(selection, mask);
   params.window_left = window_of(call);
+  const Tensor workspace = new_workspace(context, call.on, /*bytes=*/0, Counter::kCleared);
   context.check(launch_keep_blocks(params, context.stream()));
   return workspace;
 }

@@ -142,9 +142,9 @@ class Grid(Method):
 
     def kernel_mask(self, call: Call, knob: float) -> torch.Tensor:
         """The mask by the op: that of ``score`` and ``rule``, but for near ties."""
-        above = None if self.divisor is None or knob >= 1 else (1 - knob) / self.divisor
+        above = None if self.divisor is None or knob >= 1 else [(1 - knob) / self.divisor]
         options = {"q_block_size": self.q_size, "k_block_size": self.k_size}
-        bits, _ = torch.ops.prism.estimate_grid(call.q, call.k, knob, keep_above=above, **options)
+        bits, _ = torch.ops.prism.select_grid(call.q, call.k, [knob], above, **options)
         return unpack(bits, self.blocks(call.q.shape[2]).k_blocks)
 
 

@@ -71,9 +71,8 @@ def test_threshold_of_zero_keeps_everything(name) -> None:
 def test_official_selection_is_the_package_s(name, size) -> None:
     one = call()
     bands = PrismConfig(bands=(64, 96)).resolve_bands(128)
-    means = (reference.block_pool(x, size) for x in (one.q, one.k))
-    bits, _ = reference.select_blocks(
-        *means, LENGTH, LENGTH, *bands.ranges, 0.9, q_block_size=size, k_block_size=size
+    bits, _ = reference.select_bands(
+        one.q, one.k, *bands.ranges, [0.9], q_block_size=size, k_block_size=size
     )
     mask = METHODS[name].mask(one, 0.9)
     assert (mask == unpack(bits, mask.shape[-1])).all()
@@ -88,11 +87,13 @@ def test_peak_is_the_package_s_grid(name) -> None:
     noise, method = call(), METHODS[name]
     one = Call(noise.q + 2 * drift(4), noise.k + 2 * drift(2))
     config = PrismConfig(block_size=(128, method.k_size), estimator="grid", top_p=0.9)
-    bits, _ = reference.estimate_grid(
+    above = config.threshold(config.top_p, "grid")
+    assert above is not None
+    bits, _ = reference.select_grid(
         one.q,
         one.k,
-        config.top_p,
-        keep_above=config.threshold(config.top_p, "grid"),
+        [config.top_p],
+        [above],
         q_block_size=128,
         k_block_size=method.k_size,
     )
@@ -105,10 +106,7 @@ def test_peak_is_the_package_s_grid(name) -> None:
 def test_the_kernel_gets_the_rule_of_the_grid(monkeypatch) -> None:
     """What ``mask`` does on CUDA, with the reference in the op's place."""
 
-    def estimate(q, k, top_p, **options):
-        return reference.estimate_grid(q, k, top_p, **options)
-
-    monkeypatch.setattr(torch.ops.prism, "estimate_grid", estimate, raising=False)
+    monkeypatch.setattr(torch.ops.prism, "select_grid", reference.select_grid)
     grids = [method for method in METHODS.values() if isinstance(method, Grid)]
     assert {"peak", "peak_p", "peak_128", "peak_by20"} <= {grid.name for grid in grids}
     one = call()

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "quality" / "real"))
-import attention  # noqa: E402
+import attend_kept as attention  # noqa: E402
 import bounds  # noqa: E402
 import run  # noqa: E402
 import scoring  # noqa: E402

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attention
+import attend_kept as attention
 import bounds
 import numpy as np
 import scoring

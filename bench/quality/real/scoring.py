@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from attention import attend, decode
+from attend_kept import attend, decode
 from selection import Method, density
 from transformers import (
     AttentionInterface,

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from attention import K_BLOCK, Q_BLOCK
+from attend_kept import K_BLOCK, Q_BLOCK
 
 Score = Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
 Rule = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

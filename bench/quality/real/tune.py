@@ -79,7 +79,7 @@ class Fit:
 
     def attend(self, rows: torch.Tensor, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """Dense attention; ``rows`` (length,) weighs the rows' errors."""
-        from attention import attend
+        from attend_kept import attend
         from selection import density
 
         out = attend(q, k, v, None, scale)
@@ -118,7 +118,7 @@ def fit(runner: Any, method: Any, samples: list[Any], settings: tuple[float, ...
 
 
 def main() -> None:
-    import attention
+    import attend_kept as attention
     import scoring
     import selection
     from tasks import TASKS, Encoder, Sample, make

@@ -34,7 +34,7 @@ def build(config_class: Any = LlamaConfig) -> Any:
     return model.float().eval()
 
 
-def bands_of(config, layer=0):
+def bands_of(config: Any, layer: int = 0) -> Any:
     model = transformers.AutoModelForCausalLM.from_config(config)
     attention = model.model.layers[layer].self_attn
     return rope.layer_bands(attention, config.head_dim, PrismConfig())
@@ -109,7 +109,7 @@ def test_nope_layers_are_one_low_band():
     model = build()
     attention = model.model.layers[0].self_attn
     attention.use_rope = False
-    bands = rope.layer_bands(attention, 64, PrismConfig())
+    bands: Any = rope.layer_bands(attention, 64, PrismConfig())
     assert bands.ranges == ([], [0, 64])
 
 
@@ -127,4 +127,5 @@ def test_bands_of_layers_whose_config_says_none(changes):
     attention = build().model.layers[0].self_attn
     for name, value in changes.items():
         setattr(attention.config, name, value)
-    assert rope.layer_bands(attention, 64, PrismConfig()).ranges == ([], [0, 64])
+    bands: Any = rope.layer_bands(attention, 64, PrismConfig())
+    assert bands.ranges == ([], [0, 64])

@@ -68,7 +68,8 @@ def test_bands_of_partial_rotary_and_interleaved_models():
 def test_config_overrides_the_model():
     model = build(Qwen3Config)
     attention = model.model.layers[0].self_attn
-    assert rope.layer_bands(attention, 64, PrismConfig(bands=(16, 32))).high == 16
+    own: Any = rope.layer_bands(attention, 64, PrismConfig(bands=(16, 32)))
+    assert own.high == 16
     by_theta = rope.layer_bands(attention, 64, PrismConfig(rope_theta=1e4))
     assert by_theta == PrismConfig(rope_theta=1e4).resolve_bands(64)
 
@@ -94,7 +95,9 @@ def test_bands_of_every_head_in_a_layer():
         model.set_attn_implementation("prism-bands")
         with torch.no_grad(), prism_cuda.record(masks=True) as recording:
             model(ids)
-        masks.append(recording.calls[0].mask.bits)
+        mask = recording.calls[0].mask
+        assert mask is not None
+        masks.append(mask.bits)
     for head in range(4):
         assert torch.equal(masks[0][:, head], masks[1 + head % 2][:, head])
     assert not torch.equal(masks[1], masks[2])

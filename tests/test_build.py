@@ -12,7 +12,7 @@ import torch
 
 import prism_cuda
 from third_party import find_cuda, find_cutlass, get_cuda
-from tools import build_settings, check_includes, ptxas_report
+from tools import build_settings, check_includes, nvcc_with_report, ptxas_report
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = ("PRISM_CPU_ONLY", "PRISM_CUDA_ARCHS")
@@ -151,6 +151,17 @@ def test_line_info_is_for_profilers(monkeypatch, value, flags):
     monkeypatch.setenv("PRISM_LINEINFO", value)
     assert find_cuda.size_flags("12.9") == flags
     assert find_cuda.size_flags("13.0") == [*flags, "--compress-mode=size"]
+
+
+def test_hopper_kernels_are_compiled_for_hopper_alone():
+    flags = find_cuda.gencode_flags(["80+PTX", "90a"])
+    portable = ["nvcc", *flags, "-c", "csrc/kernels/grid/select_grid.cu", "-o", "x.o"]
+    assert nvcc_with_report.for_one_file(portable) == portable
+    hopper = ["nvcc", *flags, "-c", "csrc/kernels/attention/sm90/instantiations/x.cu"]
+    assert nvcc_with_report.for_one_file(hopper) == ["nvcc", *flags[2:], *hopper[-2:]]
+    # Without sm_90a the file has to compile as it is, empty kernels and all.
+    ampere = ["nvcc", *flags[:2], *hopper[-2:]]
+    assert nvcc_with_report.for_one_file(ampere) == ampere
 
 
 def test_an_include_that_is_missing_is_found(tmp_path):
@@ -303,6 +314,9 @@ def test_introspection_lists_the_kernels():
     assert {kernel.name.split("<")[0] for kernel in kernels} >= {"block_pool"}
     for kernel in kernels:
         if torch.cuda.is_available():
+            hopper_only = kernel.name.startswith("sparse_attention_sm90")
+            if hopper_only and torch.cuda.get_device_capability() != (9, 0):
+                continue
             assert kernel.error == ""
             assert kernel.registers > 0
             assert kernel.blocks_per_sm > 0

@@ -2,18 +2,18 @@
 
     python bench/vllm_bench.py generate MODEL --backend FLASH_ATTN --out flash.json
     python bench/vllm_bench.py generate MODEL --backend FLASH_ATTN --batch 1 --out single.json
-    python bench/vllm_bench.py generate MODEL --backend CUSTOM --prism '{"top_p": 1}' --out prism.json
-    python bench/vllm_bench.py compare flash.json single.json prism.json
+    python bench/vllm_bench.py generate MODEL --backend CUSTOM --prism '{"top_p": 1}' --out p.json
+    python bench/vllm_bench.py compare flash.json single.json p.json
     python bench/vllm_bench.py accuracy MODEL --backend CUSTOM --out accuracy.json
     python bench/vllm_bench.py speed MODEL --out speed.json
 
 ``generate`` writes greedy outputs of 32 prompts of 10 to 30,000 tokens with their two best log
 probabilities at every step, and how many layer calls went to prism. ``compare`` takes two such runs
 of one backend, batched otherwise, for what the engine's own rounding changes, and accepts of the
-third only outputs that part where their two best are closer than that. ``accuracy`` scores the tasks of
-bench/quality by prompt log probabilities, as its evaluation does in transformers. ``speed`` has
-both engines in memory and asks them in turns. tools/vllm_gpu_run.sh runs all of it on a machine
-without network.
+third only outputs that part where their two best are closer than that. ``accuracy`` scores the
+tasks of bench/quality by prompt log probabilities, as its evaluation does in transformers.
+``speed`` has both engines in memory and asks them in turns. tools/vllm_gpu_run.sh runs all of it on
+a machine without network.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ def compare(args: argparse.Namespace) -> None:
         gap = a["best"][at][0][0] - a["best"][at][1][0]
         wrong += gap > noise
         verdict = "as close as batches" if gap <= noise else "WRONG"
-        print(
-            f"{a['length']:6} tokens: part at {at}, where the best two are {gap:.4f} apart: {verdict}"
-        )
+        print(f"{a['length']:6} tokens: part at {at}, the best two {gap:.4f} apart: {verdict}")
     if wrong:
         sys.exit(f"{wrong} of {len(first)} outputs differ by more than the engine's own rounding")
 

@@ -28,10 +28,10 @@ WHEELS="annotated_types==0.8.0 apache_tvm_ffi==0.1.11 cachetools==8.0.2 cbor2==6
 pack() {
   local parts=$1
   mkdir -p "$parts/wheels"
-  local platforms=(--platform "manylinux_2_28_x86_64" --platform "manylinux_2_27_x86_64"
-    --platform "manylinux_2_26_x86_64" --platform "manylinux_2_24_x86_64"
-    --platform "manylinux_2_17_x86_64" --platform "manylinux2014_x86_64"
-    --platform "manylinux_2_12_x86_64" --platform "manylinux1_x86_64")
+  local platforms=(--platform manylinux2014_x86_64 --platform manylinux1_x86_64) glibc
+  for glibc in 12 17 24 26 27 28 31 34 35; do  # pip matches each by name alone
+    platforms+=(--platform "manylinux_2_${glibc}_x86_64")
+  done
   # shellcheck disable=SC2086
   "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
     --implementation cp "${platforms[@]}" -d "$parts/wheels" $WHEELS

@@ -6,8 +6,8 @@
 #include "torch/boxing.h"
 #include "torch/ops.h"
 
-// Where the ops are registered. A copy in a kernel repository has a name of its own, so that several
-// versions may be loaded by one process.
+// Where the ops are registered. A copy in a kernel repository has a name of its own, so that
+// several versions may be loaded by one process.
 #ifndef PRISM_NAMESPACE
 #define PRISM_NAMESPACE prism
 #endif

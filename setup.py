@@ -24,6 +24,9 @@ CXX_FLAGS = [
 # The ops use nothing newer than torch 2.10's stable ABI. For them alone: the pybind11 headers of
 # some torch versions refuse to be included where this is defined.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+# torch.ops.<this> instead of torch.ops.prism, for tools/kernel_repo.py.
+OWN_NAMESPACE = os.environ.get("PRISM_NAMESPACE")
+NAMESPACE = [f"-DPRISM_NAMESPACE={OWN_NAMESPACE}"] if OWN_NAMESPACE else []
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -51,7 +54,7 @@ def extensions(with_cuda: bool) -> list[Extension]:
         (sources("csrc/kernels", ".cu") if with_cuda else []) + sources("csrc/torch", ".cpp"),
         include_dirs=[INCLUDE_ROOT],
         library_dirs=cpp_extension.library_paths(),
-        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI], "nvcc": list(NVCC_FLAGS)},
+        extra_compile_args={"cxx": [*CXX_FLAGS, STABLE_ABI, *NAMESPACE], "nvcc": list(NVCC_FLAGS)},
         # torch is loaded by whoever loads this library, so there is no run path to it.
         extra_link_args=[
             *("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"),

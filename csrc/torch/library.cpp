@@ -6,6 +6,18 @@
 #include "torch/boxing.h"
 #include "torch/ops.h"
 
+// Where the ops are registered. A copy in a kernel repository has a name of its own, so that
+// several versions may be loaded by one process.
+#ifndef PRISM_NAMESPACE
+#define PRISM_NAMESPACE prism
+#endif
+#define PRISM_CHECK_NAMESPACE PRISM_JOIN(PRISM_NAMESPACE, _check)
+#define PRISM_JOIN(first, second) PRISM_PASTE(first, second)
+#define PRISM_PASTE(first, second) first##second
+// Torch's macros paste their argument as it is written; these have it replaced before.
+#define PRISM_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define PRISM_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
 namespace {
 
 using Kernel = void (*)(StableIValue*, uint64_t, uint64_t);
@@ -73,7 +85,7 @@ void register_kernels(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(prism, m) {
+PRISM_LIBRARY(PRISM_NAMESPACE, m) {
   for (const Op& op : kOps) {
     m.def(schema(op, op.returns).c_str());
   }
@@ -85,22 +97,22 @@ STABLE_TORCH_LIBRARY(prism, m) {
 
 // The checks of each op alone. The CPU kernels, which the Python package registers, begin with
 // them; kernels in Python because an exception that crosses a boxed call becomes a mere message.
-STABLE_TORCH_LIBRARY(prism_check, m) {
+PRISM_LIBRARY(PRISM_CHECK_NAMESPACE, m) {
   for (const Op& op : kOps) {
     m.def(schema(op, "()").c_str());
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prism_check, CompositeExplicitAutograd, m) {
+PRISM_LIBRARY_IMPL(PRISM_CHECK_NAMESPACE, CompositeExplicitAutograd, m) {
   for (const Op& op : kOps) {
     m.impl(op.name, op.check);
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prism, CUDA, m) { register_kernels(m); }
+PRISM_LIBRARY_IMPL(PRISM_NAMESPACE, CUDA, m) { register_kernels(m); }
 
 // Every other device, and the CPU without the Python package: refused after the checks.
-STABLE_TORCH_LIBRARY_IMPL(prism, CompositeExplicitAutograd, m) {
+PRISM_LIBRARY_IMPL(PRISM_NAMESPACE, CompositeExplicitAutograd, m) {
   register_kernels(m);
   m.impl("attention_kernel", TORCH_BOX(&prism::attention_kernel));
   m.impl("build_config", TORCH_BOX(&prism::build_config));

@@ -35,8 +35,10 @@ def each_choice(
     group = q_heads // kv_heads
     bits: dict[int, torch.Tensor] = {}
     counts: dict[int, torch.Tensor] = {}
-    for choice in dict.fromkeys(of_heads):
-        heads = [head for head, own in enumerate(of_heads) if own == choice]
+    heads_of: dict[Choice, list[int]] = {}
+    for head, choice in enumerate(of_heads):
+        heads_of.setdefault(choice, []).append(head)
+    for choice, heads in heads_of.items():
         # Whole groups share their key heads, as in any call; others get a key head each.
         groups = [heads[i] // group for i in range(0, len(heads), group)]
         whole = heads == [head for kv in groups for head in range(kv * group, (kv + 1) * group)]

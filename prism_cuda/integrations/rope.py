@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import sys
 from typing import Any, cast
@@ -29,6 +30,13 @@ _configs = WeakKeyDictionary()
 
 
 @torch.compiler.assume_constant_result
+def _traced_ranges(module_id: int, head_dim: int, config_id: int) -> tuple[Ranges, ...]:
+    """:func:`layer_ranges` of a module and config by their ids: before torch 2.12 compilers take
+    neither for a constant. Both live as long as the graph, which is guarded by the ids."""
+    module, config = (ctypes.cast(x, ctypes.py_object).value for x in (module_id, config_id))
+    return layer_ranges(module, head_dim, config)
+
+
 def layer_ranges(module: torch.nn.Module, head_dim: int, config: PrismConfig) -> tuple[Ranges, ...]:
     """high_ranges and low_ranges of :func:`layer_bands`, remembered; of all heads or of each.
 
@@ -51,7 +59,7 @@ def config_of_layer(module: torch.nn.Module, head_dim: int, config: PrismConfig)
     if config.estimator_of(head_dim) != "bands":
         return config
     if torch.compiler.is_compiling():
-        return _with_bands(config, layer_ranges(module, head_dim, config))
+        return _with_bands(config, _traced_ranges(id(module), head_dim, id(config)))
     of_layer = _configs.setdefault(module, {})
     known = of_layer.get((head_dim, config))
     if known is None:

@@ -319,7 +319,8 @@ def test_offsets_beyond_32_bits(cuda: str, length_first: bool) -> None:
     bits[..., 0] |= 1
     bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
     counts = torch.where(rows == 0, 1, 2).int().expand(1, heads, blocks).contiguous()
-    out, lse = torch.ops.prism.sparse_attention(q, k, v, bits, counts)
+    sizes = (None, True, block, block)  # scale, causal, blocks
+    out, lse = torch.ops.prism.sparse_attention(q, k, v, bits, counts, *sizes)
     for head in (0, heads - 1):
         for row in (1, blocks // 2, blocks - 1):
             of_row = slice(row * block, (row + 1) * block)

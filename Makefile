@@ -30,7 +30,7 @@ CXX_FILES := $(shell find csrc tests/cpp examples/cpp -name '*.cu' -o -name '*.c
 CMAKE_PYTHON = -DPython3_EXECUTABLE="$$(command -v $(PY))"
 # In several processes where pytest-xdist is there; each of them works in one thread.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q \
-  $$($(PY) -c 'import xdist' 2>/dev/null && echo -n $(WORKERS) --dist worksteal)
+  $$($(PY) -c 'import xdist' 2>/dev/null && echo ' -n $(WORKERS) --dist worksteal')
 
 .DEFAULT_GOAL := help
 .PHONY: help venv build test test-all test-models demo quality lint headers format cmake wheel \

@@ -24,6 +24,7 @@ ROOMS = (
     ("sdpa", "run"),
     ("api", "chunked"),
     ("integrations",),
+    ("distributed",),
     ("demo", "doctor", "tune"),
     ("cli",),
     ("__main__",),

@@ -20,7 +20,6 @@ def describe(
     config: PrismConfig,
     options: ScoreOptions,
     scale: float | None,
-    causal: bool,
 ) -> Description:
     """All that has to be equal; the lengths are not."""
     return {
@@ -32,7 +31,6 @@ def describe(
         "device": q.device.type,
         "config": config.to_dict(),
         "scale": scale,
-        "causal": causal,
         "softcap": options.softcap,
         "window_left": options.window_left,
         "sinks": None if options.sinks is None else options.sinks.tolist(),

@@ -1,4 +1,4 @@
-"""What ranks send each other: every collective of this package, counted and with its errors named."""
+"""What ranks send each other: every collective of this package, counted, its errors named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from prism_cuda.distributed.shards import Shards
-
 
 # Its name until torch 2.13, which warns of the old one.
 _all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(

@@ -38,7 +38,6 @@ def context_parallel_prefill(
     config: PrismConfig | None = None,
     shards: Shards | None = None,
     scale: float | None = None,
-    causal: bool = True,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
     window_left: int | None = None,
@@ -47,7 +46,7 @@ def context_parallel_prefill(
     return_lse: bool = False,
     return_mask: bool = False,
 ) -> Any:
-    """:func:`prism_cuda.prefill` of a sequence that is spread over the ranks of a group.
+    """Causal :func:`prism_cuda.prefill` of a sequence that is spread over the ranks of a group.
 
     Every rank of the group calls it with its own tokens. Blocks are selected as one process selects
     them, bit by bit, and outputs are equal to rounding.
@@ -56,7 +55,7 @@ def context_parallel_prefill(
         q: (B, Hq, tokens, D), the rank's tokens, rotated by their positions in the sequence.
         k, v: (B, Hkv, tokens, D), the keys and values of the same tokens.
         group: a ProcessGroup or a DeviceMesh of one dimension, of NCCL or gloo; None: all ranks.
-        config, scale, causal, sinks, softcap, window_left: as for :func:`prism_cuda.prefill`, the
+        config, scale, sinks, softcap, window_left: as for :func:`prism_cuda.prefill`, the
             same on all ranks. What the config decides by lengths it decides by the sequence's.
         shards: who holds which tokens, such as :func:`zigzag` gives. None: every rank one stretch,
             in the order of ranks. Where stretches do not begin at query blocks, tokens at their
@@ -67,7 +66,7 @@ def context_parallel_prefill(
             for. Without it they have to be known to agree, and shards to be given.
         return_lse: also return float32 (B, Hq, tokens).
         return_mask: also return a :class:`BlockMask` for every stretch of the rank, of its queries
-            among the keys up to its end (all keys if not causal). Of shards that do not begin at
+            among the keys up to its end. Of shards that do not begin at
             query blocks these are the aligned stretches.
 
     Returns:
@@ -85,8 +84,8 @@ def context_parallel_prefill(
     q, k, v = plan.computed(q, k, v)
 
     def local() -> tuple[dict[str, Any], tuple[int, Shards | None]]:
-        check_local(exchange, q, k, v, config, options, scale, causal, shards, steps)
-        return describe(q, k, config, options, scale, causal), (q.shape[2], shards)
+        check_local(exchange, q, k, v, config, options, scale, shards, steps)
+        return describe(q, k, config, options, scale), (q.shape[2], shards)
 
     if check:
         shards = _agreed_shards(exchange, agree(exchange, local))
@@ -95,9 +94,7 @@ def context_parallel_prefill(
             raise ValueError(f"{NAME}: shards is None; expected them where check is False")
         local()
     chosen = plan_of_sequence(shards, q, config, options)
-    call = ContextCall(
-        exchange, shards, chosen, config, options, scale=scale, causal=causal, steps=steps
-    )
+    call = ContextCall(exchange, shards, chosen, config, options, scale=scale, steps=steps)
     out, lse, masks = call.run(q, k, v)
     extras: list[object] = [lse] if return_lse else []
     if return_mask:
@@ -113,7 +110,6 @@ def check_local(
     config: PrismConfig,
     options: ScoreOptions,
     scale: float | None,
-    causal: bool,
     shards: Shards | None,
     steps: int,
 ) -> None:
@@ -126,8 +122,6 @@ def check_local(
             f"{NAME}: k has {k.shape[2]} tokens; expected q's, {q.shape[2]}: a rank brings queries "
             "and keys of the same tokens"
         )
-    if not causal and options.window_left is not None:
-        raise ValueError(f"{NAME}: window_left is given with causal=False; expected None")
     if steps < 1:
         raise ValueError(f"{NAME}: steps is {steps}; expected 1 or more")
     plan.check_settings(config, q.shape[1], q.shape[3], False)
@@ -198,7 +192,6 @@ class ContextCall:
     config: PrismConfig
     options: ScoreOptions
     scale: float | None = None
-    causal: bool = True
     steps: int = 4
     layer_idx: int | None = None
 
@@ -227,7 +220,7 @@ class ContextCall:
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         stretches = [
-            _Rows(self, shards, own, at, q[:, :, slice(*at)], select(own, at))
+            _Rows(self, own, at, q[:, :, slice(*at)], select(own, at))
             for own, at in shards.local(self.exchange.rank)
         ]
         windowed = self.options.windowed(shards.length)
@@ -246,10 +239,10 @@ class ContextCall:
     def _select(self, shards: Shards, q: torch.Tensor, k: torch.Tensor) -> Select:
         estimator, config = self.plan.estimator, self.config
         if estimator is None:
-            return select_every(shards, q, config, self.options.window_left, self.causal)
+            return select_every(shards, q, config, self.options.window_left)
         if estimator == "grid":
-            return select_by_grid(self.exchange, shards, q, k, config, self.scale, self.causal)
-        return select_by_bands(self.exchange, shards, q, k, config, self.causal)
+            return select_by_grid(self.exchange, shards, q, k, config, self.scale)
+        return select_by_bands(self.exchange, shards, q, k, config)
 
     def _record(self, masks: Sequence[BlockMask]) -> None:
         if not recording.active:
@@ -315,7 +308,6 @@ class _Rows:
     def __init__(
         self,
         call: ContextCall,
-        shards: Shards,
         own: Stretch,
         at: Range,
         q: torch.Tensor,
@@ -324,7 +316,6 @@ class _Rows:
         self.at = at
         self._call, self._own, self._q = call, own, q
         self._bits, self._counts = selection
-        self._k_len = own.end if call.causal else shards.length
         self._until = 0  # keys from elsewhere before this are done
         self._own_done = False
         self._so_far: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -338,35 +329,33 @@ class _Rows:
         """
         own = self._own
         if whole:
-            if end >= self._k_len and not self._own_done:
-                window = self._call.options.window_left
+            if end >= own.end and not self._own_done:
+                window, block = self._call.options.window_left, self._call.config.block_sizes[1]
                 assert window is not None
-                block = self._call.config.block_sizes[1]
-                first = max(0, own.start - window) // block * block if self._call.causal else 0
-                self._attend(keys, (first, self._k_len), self._call.causal)
+                first = max(0, own.start - window) // block * block
+                self._attend(keys, (first, own.end), True)
                 self._own_done = True
             return
         if not self._own_done:
-            self._attend(keys, (own.start, own.end), self._call.causal)
+            self._attend(keys, (own.start, own.end), True)
             self._own_done = True
-        end = min(end, self._k_len)
-        for first, last in ((self._until, min(end, own.start)), (max(self._until, own.end), end)):
-            if first < last:
-                self._attend(keys, (first, last), False)
-        self._until = max(self._until, end)
+        end = min(end, own.start)
+        if self._until < end:
+            self._attend(keys, (self._until, end), False)
+            self._until = end
 
     def _attend(self, keys: _Arriving, part: Range, causal: bool) -> None:
         call = self._call
         block = call.config.block_sizes[1]
         first, blocks = part[0] // block, -(-part[1] // block) - part[0] // block
         bits, counts = self._bits, self._counts
-        if part != (0, self._k_len):
+        if part != (0, self._own.end):
             bits = cut(bits, first, blocks)
             counts = count(bits)
         # A sink counts once: with the first part, which every row has.
         options = call.options if self._so_far is None else ScoreOptions(None, call.options.softcap)
         keywords = options.keywords()
-        if not call.options.windowed(self._k_len):
+        if not call.options.windowed(self._own.end):
             keywords.pop("window_left", None)
         out, lse = ops.call(
             torch.ops.prism.sparse_attention.default,
@@ -394,9 +383,9 @@ class _Rows:
             self._bits,
             self._counts,
             self._own.length,
-            self._k_len,
+            self._own.end,
             *call.config.block_sizes,
-            call.causal,
+            True,
         )
 
 

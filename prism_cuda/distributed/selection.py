@@ -18,7 +18,7 @@ from prism_cuda.heads import Selection, each_choice, take
 from prism_cuda.reference import CELL_TOKENS, estimation_width
 
 # Bits and counts of one of the rank's stretches, which has a range within the rank's tensors, among
-# the keys that it may see: up to its end, or all.
+# the keys up to its end.
 Select = Callable[[Stretch, Range], Selection]
 
 ESTIMATORS = ("grid", "bands")
@@ -29,18 +29,16 @@ def select_every(
     q: torch.Tensor,
     config: PrismConfig,
     window_left: int | None,
-    causal: bool,
 ) -> Select:
     """Every block that some row sees."""
     sizes = config.block_sizes
     batch, heads, device = q.shape[0], q.shape[1], q.device
 
     def select(own: Stretch, _: Range) -> Selection:
-        k_len = own.end if causal else shards.length
         q_blocks = -(-own.length // sizes[0])
-        words = -(-k_len // (sizes[1] * WORD_BITS))
+        words = -(-own.end // (sizes[1] * WORD_BITS))
         bits, counts = every_block(
-            own.length, k_len, q_blocks, words, sizes, causal, window_left, device
+            own.length, own.end, q_blocks, words, sizes, True, window_left, device
         )
         return (
             bits.expand(batch, heads, -1, -1).contiguous(),
@@ -57,7 +55,6 @@ def select_by_grid(
     k: torch.Tensor,
     config: PrismConfig,
     scale: float | None,
-    causal: bool,
 ) -> Select:
     """Cells of keys are gathered, an eighth of K; a query block's choice needs no other queries."""
     ops.load()
@@ -71,11 +68,11 @@ def select_by_grid(
             None,
             *rules,
             scale,
-            causal,
+            True,
             *config.block_sizes,
             k_cells=cells,
             k_factors=factors,
-            k_len=own.end if causal else shards.length,
+            k_len=own.end,
         )
 
     return select
@@ -111,7 +108,6 @@ def select_by_bands(
     q: torch.Tensor,
     k: torch.Tensor,
     config: PrismConfig,
-    causal: bool,
 ) -> Select:
     """Means of keys are gathered, and queries exchanged so that every rank selects for some heads.
 
@@ -120,7 +116,6 @@ def select_by_bands(
     """
     ops.load()
     batch, q_heads, _, head_dim = q.shape
-    kv_heads = k.shape[1]
     q_block_size, k_block_size = config.block_sizes
     means = _gather_means(exchange, shards, k, k_block_size)
     heads = [
@@ -135,14 +130,11 @@ def select_by_bands(
         [batch * len(mine) * n * head_dim for n in tokens],
     )
     whole = shards.join(
-        [
-            part.view(batch, len(mine), n, head_dim)
-            for part, n in zip(received, tokens, strict=True)
-        ]
+        [part.view(batch, len(mine), n, head_dim) for part, n in zip(received, tokens, strict=True)]
     )
     words = -(-shards.length // (k_block_size * WORD_BITS))
     if len(mine):
-        bits, counts = _select_heads(whole, means, shards.length, config, mine, q_heads, causal)
+        bits, counts = _select_heads(whole, means, shards.length, config, mine, q_heads)
         rows = torch.cat([bits, counts[..., None]], -1)
     else:
         rows = q.new_empty((batch, 0, -(-shards.length // q_block_size), words + 1)).int()
@@ -161,11 +153,9 @@ def select_by_bands(
 
     def select(own: Stretch, at: Range) -> Selection:
         rows = slice(at[0] // q_block_size, -(-at[1] // q_block_size))
-        k_len = own.end if causal else shards.length
-        seen = -(-k_len // (k_block_size * WORD_BITS))
+        seen = -(-own.end // (k_block_size * WORD_BITS))
         return mask[:, :, rows, :seen].contiguous(), mask[:, :, rows, words].contiguous()
 
-    assert kv_heads and q_heads % kv_heads == 0
     return select
 
 
@@ -188,7 +178,6 @@ def _select_heads(
     config: PrismConfig,
     heads: Sequence[int],
     q_heads: int,
-    causal: bool,
 ) -> Selection:
     """The selection of some query heads, whose queries are given whole.
 
@@ -214,7 +203,7 @@ def _select_heads(
             high,
             low,
             *rules.of([heads[i] for i in some]),
-            causal,
+            True,
             *config.block_sizes,
             **keywords,
         )

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed
-
 from helpers.ranks import Ranks
 
 

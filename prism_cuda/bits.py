@@ -80,14 +80,16 @@ def cut(bits: torch.Tensor, first: int, length: int) -> torch.Tensor:
     """Bits ``first`` to ``first + length`` of each row, int32 (..., ceil(length / 32))."""
     words = -(-length // WORD_BITS)
     start, shift = divmod(first, WORD_BITS)
-    own = bits[..., start : start + words]
+    own = bits[..., start : start + words].clone(memory_format=torch.contiguous_format)
     if shift:
         # Right shifts of int32 drag the sign along.
-        own = (own >> shift) & ((1 << (WORD_BITS - shift)) - 1)
-        after = bits[..., start + 1 : start + 1 + words] << (WORD_BITS - shift)
-        own[..., : after.shape[-1]] |= after
-    ends = prefix(torch.tensor([length], device=bits.device), words)
-    return own & ends
+        own >>= shift
+        own &= (1 << (WORD_BITS - shift)) - 1
+        after = bits[..., start + 1 : start + 1 + words]
+        own[..., : after.shape[-1]] |= after << (WORD_BITS - shift)
+    if length % WORD_BITS:
+        own[..., -1] &= (1 << length % WORD_BITS) - 1
+    return own
 
 
 def count(bits: torch.Tensor) -> torch.Tensor:

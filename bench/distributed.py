@@ -159,8 +159,9 @@ class Bench:
             arriving = _Arriving(exchange, shards, own[1], own[2])
             arriving.wait_until(length)
 
-        traffic = exchange.traffic = distributed.Traffic()
+        exchange.traffic = distributed.Traffic()
         call(check=False)
+        received = exchange.traffic.received.get("kv", 0)
         return {
             "tokens": length,
             "estimator": estimator,
@@ -173,7 +174,7 @@ class Bench:
             "agree": self.ms(call),
             "in_turn": self.ms(lambda: (keys(), call(check=False, steps=1))),
             "keys": self.ms(keys),
-            "kv_mb": traffic.received.get("kv", 0) / 1e6,
+            "kv_mb": received / 1e6,
             "gain": alone / parallel,
         }
 

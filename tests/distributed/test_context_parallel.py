@@ -181,3 +181,33 @@ def test_a_device_mesh_and_recording(ranks: Ranks) -> None:
     out = torch.cat(ranks.run(2, through_mesh), 2)
     expected = prism_cuda.prefill(*Case(GRID, length=256).tensors(), config=GRID)
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=2e-5)
+
+
+def structured(group: Any, config: PrismConfig, layout: str, length: int) -> None:
+    """Realistic inputs, each rank against the whole sequence that it makes itself."""
+    from bench.masks import structured_qkv
+
+    exchange = Exchange(group)
+    q, k, v = structured_qkv(2, 1, length, 64, torch.bfloat16, "cpu")
+    shards = getattr(distributed, layout)(length, exchange.ranks)
+    own = [shards.take(x, exchange.rank) for x in (q, k, v)]
+    out, masks = context_parallel_prefill(
+        *own, group, config=config, shards=shards, return_mask=True
+    )
+    expected, mask = prism_cuda.prefill(q, k, v, config=config, return_mask=True)
+    assert 0.05 < mask.density() < 0.95
+    torch.testing.assert_close(out, shards.take(expected, exchange.rank), atol=2e-2, rtol=2e-2)
+    for stretch, found in zip(shards.of(exchange.rank), masks, strict=True):
+        rows = slice(stretch.start // 128, -(-stretch.end // 128))
+        words = found.bits.shape[-1]
+        assert torch.equal(found.bits, mask.bits[:, :, rows, :words])
+        assert torch.equal(found.counts, mask.counts[:, :, rows])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("estimator", ["grid", "bands"])
+def test_structured_inputs(ranks: Ranks, count: int, layout: str, estimator: str) -> None:
+    config = PrismConfig(estimator=estimator, top_p=0.9)
+    ranks.run(count, structured, config, layout, 4000)

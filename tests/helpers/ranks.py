@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 MOST = 4
-PATIENCE = 40  # seconds that a rank waits for the others
+PATIENCE = 120  # seconds that a rank waits for the others, on a machine that may be busy
 
 
 def _serve(rank: int, store: str, pipe: Any) -> None:

@@ -33,8 +33,8 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q \
   $$($(PY) -c 'import xdist' 2>/dev/null && echo ' -n $(WORKERS) --dist worksteal')
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test test-all test-models demo quality lint headers format cmake wheel \
-  clean FORCE
+.PHONY: help venv build test test-all test-models test-vllm kernel-repo demo quality lint headers \
+  format cmake wheel clean FORCE
 
 help:
 	@echo 'make test    build, then run the tests but for those marked slow or models'
@@ -44,6 +44,8 @@ help:
 	@echo 'make quality selection quality against density on the testbed, into build/quality'
 	@echo 'make build   compile the ops library in place; CUDA=1: for every architecture'
 	@echo 'make wheel   a wheel for other machines, into dist'
+	@echo 'make test-vllm    the vLLM backend against an installed vLLM, or VLLM_SOURCE=unpacked wheel'
+	@echo 'make kernel-repo  the package as a kernel repository of transformers, into build'
 	@echo 'make venv    create $(VENV) with everything that is needed'
 	@echo 'make cmake   build with CMake as a C++ project would, and run its tests'
 	@echo 'make lint    check format, style and types; make format rewrites the files'
@@ -80,6 +82,12 @@ test-all: build
 
 test-models: build
 	$(PY) tools/model_table.py
+
+test-vllm: build
+	$(PY) -m pytest -q -rs tests/test_vllm.py tests/test_vllm_interface.py
+
+kernel-repo: $(READY)
+	$(PY) tools/kernel_repo.py build/kernel-repository
 
 demo: build
 	$(PY) -m prism_cuda demo $(if $(MODEL),--model $(MODEL))

@@ -41,7 +41,7 @@ RETRIEVAL = ("kv", "niah_single", "niah_multikey", "niah_multivalue")
 
 def held_out(model: str) -> tuple[Any, np.ndarray]:
     """The model's tokenizer, and the standard library in its tokens."""
-    from eval_testbed import held_out_tokens
+    from eval_testbed import held_out_tokens  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -148,7 +148,7 @@ def differences(a: dict, b: dict) -> float:
 
 
 def accuracy(args: argparse.Namespace) -> None:
-    from tasks import Encoder, make
+    from tasks import Encoder, make  # type: ignore[import-not-found]
     from vllm import SamplingParams
 
     tokenizer, ids = held_out(args.model)

@@ -74,3 +74,28 @@ def every_block(
         first = ((row + offset - window_left) // k_block_size).clamp_min(0)
     bits = prefix(end, words) & ~prefix(first, words)
     return bits, (end - first).clamp_min(0).to(torch.int32)
+
+
+def cut(bits: torch.Tensor, first: int, length: int) -> torch.Tensor:
+    """Bits ``first`` to ``first + length`` of each row, int32 (..., ceil(length / 32))."""
+    words = -(-length // WORD_BITS)
+    start, shift = divmod(first, WORD_BITS)
+    own = bits[..., start : start + words].clone(memory_format=torch.contiguous_format)
+    if shift:
+        # Right shifts of int32 drag the sign along.
+        own >>= shift
+        own &= (1 << (WORD_BITS - shift)) - 1
+        after = bits[..., start + 1 : start + 1 + words]
+        own[..., : after.shape[-1]] |= after << (WORD_BITS - shift)
+    if length % WORD_BITS:
+        own[..., -1] &= (1 << length % WORD_BITS) - 1
+    return own
+
+
+def count(bits: torch.Tensor) -> torch.Tensor:
+    """The set bits of each row: int32 (..., words) -> (...)."""
+    # Sums of neighbouring pairs, fours and bytes; masks take the sign away after every shift.
+    x = bits - ((bits >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24 & 0xFF).sum(-1, dtype=torch.int32)

@@ -95,7 +95,7 @@ def run(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            "the demo needs transformers >= 5: pip install 'prism-cuda[hf]'"
+            "the demo needs transformers >= 5.17: pip install 'prism-cuda[hf]'"
         ) from error
     register(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

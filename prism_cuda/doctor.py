@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from prism_cuda import ops, reference
+from prism_cuda.integrations import TRANSFORMERS
 
 MINIMUM_TORCH = (2, 10)
 MINIMUM_NVCC = (12, 3)
 MINIMUM_CAPABILITY = (8, 0)
-MINIMUM_TRANSFORMERS = (5, 4)
 
 
 @dataclass
@@ -86,8 +86,8 @@ def _packages() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("transformers", "not installed (only models need it)")
         return
-    fits = MINIMUM_TRANSFORMERS <= release(version) < (6, 0)
-    mend = f"prism_cuda needs transformers >= 5.4 and < 6, this is {version}"
+    fits = TRANSFORMERS[0] <= release(version) < TRANSFORMERS[1]
+    mend = f"prism_cuda needs transformers >= 5.17 and < 6, this is {version}"
     yield Finding("transformers", version, "" if fits else mend)
 
 

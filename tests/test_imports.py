@@ -24,7 +24,7 @@ ROOMS = (
     ("sdpa", "run"),
     ("api", "chunked"),
     ("integrations",),
-    ("demo_model",),
+    ("demo_model", "distributed"),
     ("demo", "doctor", "tune"),
     ("cli",),
     ("__main__",),

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("needs_library")
 
 Q_HEADS, KV_HEADS, DIM, PAGE = 4, 2, 64, 16
 SETTINGS = {"top_p": 0.3, "keep_above": 1.0, "dense_below": 256}
+CONFIG = prism_cuda.PrismConfig(**SETTINGS)  # type: ignore[arg-type]
 DECODES, CHUNKS = [(1, 40), (1, 300)], [(20, 50), (150, 420), (140, 200), (260, 260)]
 MIXED = DECODES + CHUNKS  # (queries, keys); the first long prefill is number 3
 
@@ -293,7 +294,7 @@ def test_soft_cap_and_sinks_are_passed_on(backend: Any) -> None:
         engine.q.transpose(0, 1)[None],
         k,
         v,
-        config=prism_cuda.PrismConfig(**SETTINGS),
+        config=CONFIG,
         softcap=2.0,
         sinks=sinks.float(),
     )

@@ -35,11 +35,20 @@ def kernel_command() -> list[str] | None:
     ]
 
 
+def public_command() -> list[str]:
+    """For programs that use libtorch: not by its stable ABI alone, and torch asks for C++20."""
+    from torch.utils import cpp_extension
+
+    command = ["c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra"]
+    command += [f"-I{ROOT / 'prism_cuda' / 'include'}"]
+    return command + [f"-isystem{path}" for path in cpp_extension.include_paths()]
+
+
 def torch_command(nvcc: str | None) -> list[str]:
     from torch.utils import cpp_extension
 
     command = ["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", f"-I{ROOT / 'csrc'}"]
-    command += [f"-I{ROOT / 'prism_cuda' / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     if nvcc is not None:
         command += ["-DUSE_CUDA", "-DPRISM_WITH_CUDA"]
@@ -67,7 +76,9 @@ def main(names: list[str]) -> int:
     torch = torch_command(kernel[0] if kernel else None)
     jobs = []
     for header in headers:
-        if ROOT / "csrc" / "kernels" not in header.parents:
+        if ROOT / "prism_cuda" in header.parents:
+            jobs.append((header, public_command(), ".cpp"))
+        elif ROOT / "csrc" / "kernels" not in header.parents:
             jobs.append((header, torch, ".cpp"))
         elif kernel is not None:
             jobs.append((header, kernel, ".cu"))

@@ -13,9 +13,9 @@ cd "$(dirname "$0")/.."
 
 # A release that is newer than "newest" belongs there; tests/test_build.py compares with pyproject.
 #      name     torch   transformers
-TABLE='oldest   2.10.0  5.4.0
+TABLE='oldest   2.10.0  5.17.0
        gpu      2.11.0  5.17.0
-       middle   2.12.1  5.10.2
+       middle   2.12.1  5.20.0
        newest   2.15.0  5.24.0'
 # What a release of either can break: loading, registration, compile and export, whole models.
 shopt -s nullglob

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +20,7 @@ def register(config: PrismConfig | None = None, name: str = "prism") -> None:
         name: the key to pass as attn_implementation.
 
     Raises:
-        ImportError: if transformers >= 5 is not installed.
+        ImportError: if transformers is not installed, or a version that is not supported.
     """
     _plugin().register(as_config("register", config), name)
 
@@ -34,17 +36,33 @@ def use_continuous_batching(model: Any, name: str = "prism") -> None:
         name: as given to :func:`register`.
 
     Raises:
-        ImportError: if transformers >= 5 is not installed.
+        ImportError: if transformers is not installed, or a version that is not supported.
         ValueError: if the name is not registered.
     """
     _plugin().use_continuous_batching(model, name)
 
 
+# The versions that tools/matrix.sh tests; as in pyproject.toml.
+TRANSFORMERS = ((5, 17), (6, 0))
+
+
 def _plugin() -> ModuleType:
+    needed = "transformers >= {}.{} and < {}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
     try:
-        from prism_cuda.integrations import transformers as plugin
-    except ImportError as error:
+        found = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(
-            "prism_cuda needs transformers >= 5 for this: pip install 'prism-cuda[hf]'"
+            f"prism_cuda {_version()} needs {needed} for this: pip install 'prism-cuda[hf]'"
         ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
+        raise ImportError(f"prism_cuda {_version()} needs {needed}; this is transformers {found}")
+    from prism_cuda.integrations import transformers as plugin
+
     return plugin
+
+
+def _version() -> str:
+    import prism_cuda  # which imports this
+
+    return prism_cuda.__version__

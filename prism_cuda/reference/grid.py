@@ -100,6 +100,15 @@ def pool_cells_(x: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, sta
     factors[:, :, where] = torch.where(finite, inverse, math.nan).squeeze(-1)
 
 
+def _cells_of(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, head_dim = k.shape
+    shape = (batch, heads, -(-length // CELL_TOKENS))
+    cells = k.new_zeros((*shape, 2 * estimation_width(head_dim)), dtype=torch.float16)
+    factors = k.new_zeros(shape, dtype=torch.float32)
+    pool_cells_(k, cells, factors, 0)
+    return cells, factors
+
+
 def select_grid(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -143,12 +152,18 @@ def select_grid(
         lengths = (q.shape[2], k_len)
         return select(probable, q.shape[:2], lengths, rules, causal, sizes, q.device)
 
-    if k is None:
-        assert k_cells is not None and k_factors is not None and k_len is not None
-        vectors = (k_cells.float() * k_factors.unsqueeze(-1))[:, :, : -(-k_len // CELL_TOKENS)]
+    def from_cells(q: torch.Tensor, cells: torch.Tensor, factors: torch.Tensor, k_len: int) -> Mask:
+        vectors = (cells.float() * factors.unsqueeze(-1))[:, :, : -(-k_len // CELL_TOKENS)]
         return select_one(q, vectors.unflatten(3, (2, -1))[..., : q.shape[3]].flatten(3), k_len)
 
+    if k is None:
+        assert k_cells is not None and k_factors is not None and k_len is not None
+        return from_cells(q, k_cells, k_factors, k_len)
+
     def pool_and_select(q: torch.Tensor, k: torch.Tensor) -> Mask:
-        return select_one(q, cell_statistics(k), k.shape[2])
+        if k.dtype == torch.float64:
+            return select_one(q, cell_statistics(k), k.shape[2])
+        # Rounded as pool_cells_ does: keys that were pooled before give the same mask.
+        return from_cells(q, *_cells_of(k), k.shape[2])
 
     return select_each(pool_and_select, q, k, Sequences(**sequences), causal, sizes, dense_below)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -48,21 +49,16 @@ TRANSFORMERS = ((5, 17), (6, 0))
 
 def _plugin() -> ModuleType:
     needed = "transformers >= {}.{} and < {}.{}".format(*TRANSFORMERS[0], *TRANSFORMERS[1])
+    own = sys.modules["prism_cuda"].__version__
     try:
         found = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError as error:
         raise ImportError(
-            f"prism_cuda {_version()} needs {needed} for this: pip install 'prism-cuda[hf]'"
+            f"prism_cuda {own} needs {needed} for this: pip install 'prism-cuda[hf]'"
         ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if not TRANSFORMERS[0] <= version < TRANSFORMERS[1]:
-        raise ImportError(f"prism_cuda {_version()} needs {needed}; this is transformers {found}")
+        raise ImportError(f"prism_cuda {own} needs {needed}; this is transformers {found}")
     from prism_cuda.integrations import transformers as plugin
 
     return plugin
-
-
-def _version() -> str:
-    import prism_cuda  # which imports this
-
-    return prism_cuda.__version__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,7 +187,8 @@ def test_a_device_mesh_and_recording(ranks: Ranks) -> None:
 
 def structured(group: Any, config: PrismConfig, layout: str, length: int) -> None:
     """Realistic inputs, each rank against the whole sequence that it makes itself."""
-    from bench.masks import structured_qkv
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    from masks import structured_qkv
 
     exchange = Exchange(group)
     q, k, v = structured_qkv(2, 1, length, 64, torch.bfloat16, "cpu")

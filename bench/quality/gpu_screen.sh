@@ -5,7 +5,8 @@
 #
 # MODEL: qwen or qwen15. PARTS: folder of its part.00, ... CARRY: folder with get_model.py, lib/gguf
 # and texts/*.txt.gz. OUT: folder for the JSON files. M1, M2, M3: minutes of the three stages: many
-# settings at 8K, few at 32K, a few at 8K with greedy answers. S1, S2, S3: their settings.
+# settings at 8K, few at 32K, a few at 8K with greedy answers. S1, S2, S3: their settings. What fails
+# or runs out of time leaves what it has measured, and the next stage begins.
 set -eu
 model=$1 parts=$2 carry=$3 out=$4
 folder=${MODELS:-/tmp/models}/$model
@@ -18,24 +19,22 @@ run() { PYTHONUNBUFFERED=1 python3 "$@"; }
 for method in ${TUNE:-grid t8_16_raw}; do # knobs per head, at 8K
   file=$out/$model.tune.$method.json
   [ -e "$file" ] || run "$here/real/tune.py" --model "$folder" --texts "$carry/texts" \
-    --method "$method" --out "$file" --length ${L0:-8192} ${TUNE_ARGS:-}
+    --method "$method" --out "$file" --length ${L0:-8192} --minutes "${M0:-0.7}" ${TUNE_ARGS:-} ||
+    echo "FAILED: tuning of $method"
 done
 tuned=$out/$model.tune
-few="grid:.9 grid:.95 xattention:.9 t8_16_raw:.015 t8_16_raw@$tuned.t8_16_raw.json:.2 true:.8"
-S1=${S1:-grid:.9 grid:.95 grid@$tuned.grid.json:.15 grid@$tuned.grid.json:.2 grid_raw:.015
-  typical_raw:.015 g8_16:.9 t8_16_raw:.025 t8_16_raw:.0125 t8_16_raw@$tuned.t8_16_raw.json:.15
-  t8_16_raw@$tuned.t8_16_raw.json:.2 t4_64_raw:.02 t4_16_raw:.025 outliers_8_raw:.02 rows4_64_raw:.03
-  xattention:.9 antidiagonal:.9 prism:.95 true:.8 true_raw:.03}
-S2=${S2:-grid:.9 grid:.95 grid@$tuned.grid.json:.2 t8_16_raw:.015 t8_16_raw@$tuned.t8_16_raw.json:.2
-  t4_64_raw:.02 xattention:.9}
-S3=${S3:-$few}
+grid=grid@$tuned.grid.json fine=t8_16_raw@$tuned.t8_16_raw.json
+S1=${S1:-grid:.95 grid:.98 $grid:.2 $grid:.25 $grid:.3 $fine:.15 $fine:.2 $fine:.25 t8_16_raw:.0125
+  g8_16:.95 t4_16_raw:.015 xattention:.95 true:.8}
+S2=${S2:-grid:.95 grid:.98 $grid:.2 $grid:.25 $fine:.2 $fine:.25 t8_16_raw:.0125 xattention:.95}
+S3=${S3:-grid:.95 $grid:.25 $fine:.25 xattention:.95}
 stage() { # NAME LENGTH MINUTES SETTINGS ARGUMENTS
   local name=$1 length=$2 minutes=$3 settings=$4
   shift 4
   # shellcheck disable=SC2086
   run "$here/real/run.py" --model "$folder" --texts "$carry/texts" --out "$out/$model.$name.json" \
-    --lengths "$length" --minutes "$minutes" --settings $settings "$@"
+    --lengths "$length" --minutes "$minutes" --settings $settings "$@" || echo "FAILED: $name"
 }
-stage 8k ${L1:-8192} "${M1:-2.2}" "$S1" --no-greedy ${ARGS:-}
-stage 32k ${L2:-32768} "${M2:-1.6}" "$S2" --no-greedy ${ARGS:-}
+stage 8k ${L1:-8192} "${M1:-2.5}" "$S1" --no-greedy ${ARGS:-}
+stage 32k ${L2:-32768} "${M2:-1.8}" "$S2" --no-greedy ${ARGS:-}
 stage greedy ${L3:-8192} "${M3:-0.6}" "$S3" --seed 1 ${ARGS:-}

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,24 @@ def parse_setting(text: str) -> tuple[str, float]:
     """METHOD:KNOB, or METHOD@FILE:DENSITY for knobs per head that tune.py wrote to FILE."""
     name, _, knob = text.rpartition(":")
     method, _, file = name.partition("@")
-    if file and not Path(file).exists():
-        raise argparse.ArgumentTypeError(f"{text!r}: there is no file {file}")
     if method not in METHODS:
         raise argparse.ArgumentTypeError(f"unknown method {method!r}; expected one of {[*METHODS]}")
     try:
         return name, float(knob)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}; expected METHOD:KNOB") from None
+
+
+def present(settings: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Those whose file of knobs exists: a failed fit costs its own settings alone."""
+    found = []
+    for setting in settings:
+        file = setting[0].partition("@")[2]
+        if file and not Path(file).exists():
+            print(f"left out: {show(setting)}, there is no file {file}", flush=True)
+        else:
+            found.append(setting)
+    return found
 
 
 def show(setting: tuple[str, float]) -> str:
@@ -266,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     heads = config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     attention.check(device, heads, config.num_key_value_heads, dim)
-    chosen = list(dict.fromkeys([("dense", 1.0), *args.settings]))
+    chosen = list(dict.fromkeys([("dense", 1.0), *present(args.settings)]))
     minutes = args.minutes * (len(args.lengths) if len(args.minutes) == 1 else 1)
     for length, limit_minutes in zip(args.lengths, minutes, strict=True):
         deadline = time.monotonic() + 60 * limit_minutes
@@ -276,11 +287,21 @@ def main(argv: list[str] | None = None) -> None:
             if begin + longest > deadline:
                 print(f"{length}: out of time at {kind} {index}", flush=True)
                 break
-            for setting in chosen:
+            for setting in list(chosen):
                 key = f"{length}/{kind}/{index}/{show(setting)}"
-                if key not in results:
+                if key in results:
+                    continue
+                try:
                     row = measure(runner, sample, kind, setting, not args.no_greedy)
-                    results.add(key, row | {"text": name})
+                except Exception:
+                    if setting[0] == "dense":
+                        raise
+                    # A failing setting must not cost the others their figures.
+                    print(f"given up: {show(setting)} at {key}", flush=True)
+                    traceback.print_exc()
+                    chosen.remove(setting)
+                    continue
+                results.add(key, row | {"text": name})
             if index:  # the first ones also compile kernels
                 longest = max(longest, time.monotonic() - begin)
             results.write()

@@ -98,9 +98,17 @@ class Fit:
         return out
 
 
-def fit(runner: Any, method: Any, samples: list[Any], settings: tuple[float, ...]) -> Fit:
+def fit(
+    runner: Any, method: Any, samples: list[Any], settings: tuple[float, ...], minutes: float
+) -> Fit:
+    """Of as many of the samples as the minutes allow, of one at least."""
     found = Fit(runner.model, method, settings)
+    start = time.monotonic()
     for sample in samples:
+        spent = time.monotonic() - start
+        if found.passes and spent + spent / found.passes > 60 * minutes:
+            print(f"out of time after {found.passes} passes", flush=True)
+            break
         rows = torch.full((len(sample.ids),), 1 / len(sample.ids), device=runner.device)
         answers = [i - 1 for s in sample.answers for i in range(s.start, s.stop)]
         if answers:
@@ -132,6 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=60, help="at most, about")
     parser.add_argument("--instances", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -152,7 +161,7 @@ def main() -> None:
         samples.append(made)
     method = selection.METHODS[args.method]
     settings = THRESHOLDS if method.rule is selection.above else TOP_P
-    found = fit(runner, method, samples, settings)
+    found = fit(runner, method, samples, settings, args.minutes)
     layers = sorted(found.error)
     density, error = (
         torch.cat([sums[layer] for layer in layers]).numpy() / found.passes

@@ -77,9 +77,12 @@ def chain(
     else:
         made = every_block(tuple(q.shape), case, scores.get("window_left"))
         bits, counts = (x.to(q.device) for x in made)
-    out, lse = torch.ops.prism.sparse_attention(
-        q, k, v, bits, counts, None, case.causal, *case.blocks, **scores
-    )
+    # Filled first for initcheck too: it does not see TMA's stores through a tensor map, and takes
+    # the output for unwritten when torch.equal reads it.
+    with poisoned_allocations():
+        out, lse = torch.ops.prism.sparse_attention(
+            q, k, v, bits, counts, None, case.causal, *case.blocks, **scores
+        )
     return out, lse, bits, counts
 
 

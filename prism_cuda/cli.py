@@ -44,11 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="one real model with dense attention and with prism")
     models = "smollm2 (downloaded once, the default), testbed, or a Hugging Face model folder"
     demo.add_argument("--model", help=models)
-    demo.add_argument("--tokens", type=int, help="tokens to prefill (8192; 4096 on a CPU)")
+    demo.add_argument("--tokens", type=int, help="tokens to prefill (8192; 6144 on a CPU)")
     demo.add_argument("--top-p", type=float, default=prism_cuda.PrismConfig.top_p)
     demo.add_argument("--estimator", choices=ESTIMATORS, default=prism_cuda.PrismConfig.estimator)
     demo.add_argument("--layer", type=int, help="layer whose masks are drawn (the middle one)")
     demo.add_argument("--output", type=Path, default=Path("block_masks.png"))
+    demo.add_argument("--json", type=Path, help="file for the figures of both passes")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -57,7 +58,7 @@ def _demo(args: argparse.Namespace) -> int:
     from prism_cuda import demo
 
     config = prism_cuda.PrismConfig(estimator=args.estimator, top_p=args.top_p)
-    demo.run(demo.model_folder(args.model), args.tokens, config, args.layer, args.output)
+    demo.run(demo.model_folder(args.model), args.tokens, config, args.layer, args.output, args.json)
     return 0
 
 
@@ -139,6 +140,6 @@ def _installed(package: str) -> str:
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cpu":
-        return "cpu (the reference runs; kernels need a GPU of compute capability 8.0 or later)"
+        return "cpu (PyTorch runs; kernels need a GPU of compute capability 8.0 or later)"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import platform
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -40,7 +43,7 @@ the text; after the prefill it is decoded with dense attention. pool + select is
 estimating, attend the attention itself. In {output} each panel is a head: dark blocks were
 computed, light skipped."""
 
-ON_CPU = "On a CPU the reference implementation runs: its times say nothing about the kernels."
+ON_CPU = "On a CPU no kernel runs: these times say nothing about a GPU's."
 
 
 @dataclass
@@ -74,17 +77,23 @@ def model_folder(name: str | None) -> Path:
 
 
 def run(
-    model_path: Path, tokens: int | None, config: PrismConfig, layer: int | None, output: Path
+    model_path: Path,
+    tokens: int | None,
+    config: PrismConfig,
+    layer: int | None,
+    output: Path,
+    json_path: Path | None = None,
 ) -> None:
     """Compare dense attention and prism on one model, print the result and draw one layer's masks.
 
     Args:
         model_path: folder of a causal language model and its tokenizer.
-        tokens: tokens of standard-library text to prefill; None: 8192 on a GPU, 4096 on a CPU, and
+        tokens: tokens of standard-library text to prefill; None: 8192 on a GPU, 6144 on a CPU, and
             no more than the model takes.
         config: settings of prism.
         layer: the layer to draw; the middle one if None.
         output: PNG file to write.
+        json_path: file for the figures of both passes, if any.
 
     Raises:
         ImportError: if transformers or matplotlib is missing.
@@ -130,6 +139,21 @@ def run(
         [_call_row(call) for call in calls] + [_mean_row(calls)],
     )
     _draw(calls, layer, output)
+    if json_path is not None:
+        figures = {
+            "model": model_path.name,
+            "tokens": tokens,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "config": config.to_dict(),
+            "dense": dataclasses.asdict(dense),
+            "prism": dataclasses.asdict(sparse) | {"density": _density(calls)},
+            "prism_attention_seconds": {
+                stage: sum(call.times.get(stage, 0.0) for call in calls) for stage in STAGES
+            },
+        }
+        json_path.write_text(json.dumps(figures, indent=1) + "\n")
     print()
     print(HOW_TO_READ.format(output=output, position=f"{100 * FACT_POSITION:g} %"))
     if device.type == "cpu":
@@ -139,7 +163,7 @@ def run(
 def _checked_tokens(tokens: int | None, limit: int, device: torch.device) -> int:
     room = limit - ANSWER_TOKENS
     if tokens is None:
-        return min(8192 if device.type == "cuda" else 4096, room)
+        return min(8192 if device.type == "cuda" else 6144, room)
     if not WARM_UP_TOKENS <= tokens <= room:
         raise ValueError(
             f"--tokens is {tokens}; expected {WARM_UP_TOKENS} to {room}, the model's {limit} "

@@ -2,11 +2,13 @@
 
 ``_C.abi3.so`` holds the schemas, the argument checks and the CUDA kernels of ``torch.ops.prism``.
 Registered here are the CPU kernels, which are the checks (``torch.ops.prism_check``) followed by
-:mod:`prism_cuda.reference`, the fake kernels, and the refusal to differentiate.
+:mod:`prism_cuda.reference` or, of long inputs, :mod:`prism_cuda.cpu`, the fake kernels, and the
+refusal to differentiate.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from prism_cuda import reference
+from prism_cuda import cpu, reference
 from prism_cuda.bits import WORD_BITS
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -84,10 +86,16 @@ def call(op: Callable, *args: object, **kwargs: object) -> Any:
         return op(*args, **kwargs)
 
 
+_FASTER: dict[str, Callable[..., Any]] = {
+    "sparse_attention": cpu.sparse_attention,
+    "prefill": functools.partial(reference.prefill, attend=cpu.sparse_attention),
+}
+
+
 def _cpu_kernel(name: str) -> Callable[..., Any]:
     """In Python, so that what the reference raises, Ctrl-C included, comes out as it is."""
     check = getattr(torch.ops.prism_check, name).default
-    compute = getattr(reference, name)
+    compute = _FASTER.get(name) or getattr(reference, name)
 
     def kernel(*args: object, **kwargs: object) -> Any:
         check(*args, **kwargs)

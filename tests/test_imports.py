@@ -16,6 +16,7 @@ ROOMS = (
     ("bits", "bands", "remember", "options", "batch", "tables"),
     ("reference",),
     ("config",),
+    ("cpu",),
     ("ops",),
     ("block_mask", "heads"),
     ("recording",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def prefill(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     dense_below: int = 0,
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor]] = sparse_attention,
     **sequences: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over the blocks that an estimator keeps: (out, lse, bits, counts).
@@ -44,6 +45,7 @@ def prefill(
         estimator: "grid" (:func:`select_grid`), "bands" (:func:`select_bands`), or "all": every
             block that some row sees through the causal mask and the window. The other two know
             nothing of windows.
+        attend: what attends to the kept blocks; no argument of the op.
         The others are those of the selections and of :func:`sparse_attention`.
     """
     rules = (top_p, keep_above, keep_sink, keep_recent)
@@ -61,7 +63,7 @@ def prefill(
             return every_block(q, k, causal, sizes, window_left)
 
         bits, counts = select_each(see, q, k, Sequences(**sequences), causal, sizes, 0)
-    out, lse = sparse_attention(
+    out, lse = attend(
         q, k, v, bits, counts, scale, causal, *sizes, sinks=sinks, softcap=softcap,
         window_left=window_left, k_scale=k_scale, v_scale=v_scale, **sequences,
     )  # fmt: skip

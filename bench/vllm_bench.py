@@ -148,8 +148,9 @@ def differences(a: dict, b: dict) -> float:
 
 
 def accuracy(args: argparse.Namespace) -> None:
-    from tasks import Encoder, make  # type: ignore[import-not-found]
     from vllm import SamplingParams
+
+    from prism_cuda.tune.tasks import Encoder, make
 
     tokenizer, ids = held_out(args.model)
     encode = Encoder(tokenizer)

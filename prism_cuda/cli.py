@@ -1,4 +1,4 @@
-"""Command line: ``python -m prism_cuda`` with ``info``, ``doctor`` or ``demo``."""
+"""Command line: ``python -m prism_cuda`` with ``info``, ``doctor``, ``demo`` or ``tune``."""
 
 from __future__ import annotations
 
@@ -51,7 +51,28 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, default=Path("block_masks.png"))
     demo.add_argument("--json", type=Path, help="file for the figures of both passes")
     demo.set_defaults(run=_demo)
+
+    tune = commands.add_parser("tune", help="what settings cost a model; budgets for its heads")
+    tune.add_argument("model", help="a Hugging Face model: folder or name")
+    tune.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE")
+    tune.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
+    tune.add_argument("--top-p", type=float, nargs="+", default=[0.9, 0.95, 0.98])
+    tune.add_argument("--like", type=float, default=0.95, help="top_p whose error is to be kept")
+    tune.add_argument("--windows", type=int, default=6, help="windows a length to judge on")
+    tune.add_argument("--passes", type=int, default=6, help="windows to tune on")
+    tune.add_argument("--by", choices=("head", "layer"), default="head", help="what gets a budget")
+    tune.add_argument("--out", type=Path, default=Path("prism.json"), help="the config file")
+    tune.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    tune.set_defaults(run=_tune)
     return parser
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from prism_cuda.tune import run
+
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(run.Options)}
+    run.run(run.Options(**values))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

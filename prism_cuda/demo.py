@@ -208,15 +208,16 @@ def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor) -> Run:
     seconds = time.perf_counter() - start
     hidden, cache = prefilled.last_hidden_state[0], prefilled.past_key_values
     perplexity = _perplexity(model, hidden[:-1], input_ids[0, 1:])
-    answer = [int(_logits(model, hidden[-1:]).argmax())]
+    answer = [int(logits_of(model, hidden[-1:]).argmax())]
     while len(answer) < ANSWER_TOKENS:
         last = torch.tensor([[answer[-1]]], device=input_ids.device)
         hidden = model.base_model(last, past_key_values=cache, use_cache=True).last_hidden_state
-        answer.append(int(_logits(model, hidden[0]).argmax()))
+        answer.append(int(logits_of(model, hidden[0]).argmax()))
     return Run(perplexity, seconds, tokenizer.decode(answer).strip().split("\n")[0])
 
 
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 of last hidden states."""
     logits = model.get_output_embeddings()(hidden).float()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * (logits / cap).tanh()
@@ -227,7 +228,7 @@ def _perplexity(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> floa
     total = 0.0
     chunks = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True)
     for chunk, target in chunks:
-        logits = _logits(model, chunk)
+        logits = logits_of(model, chunk)
         total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
     return math.exp(total / len(targets))
 

@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "prism_cuda"
 # Programs, and plug-ins of engines that load packages by themselves.
-LEFT_OUT = ("__main__.py", "cli.py", "demo.py", "integrations/vllm/")
+LEFT_OUT = ("__main__.py", "cli.py", "demo.py", "tune/", "integrations/vllm/")
 ENTRY = '''
 
 def prism_attention(*args, **kwargs):  # type: ignore[no-untyped-def]

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tasks import TASKS, Encoder, Sample, make
 from torch.nn import functional as F
+
+from prism_cuda.tune.tasks import TASKS, Encoder, Sample, make
 
 # Logits of this many tokens exist at once.
 LOGIT_CHUNK = 4096

@@ -36,9 +36,10 @@ import transformers
 from eval_testbed import held_out_tokens
 from evaluate import Suite, Texts, hidden_states, measure
 from methods import METHODS, Method, P
-from tasks import TASKS
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prism_cuda.tune.tasks import TASKS
 
 TESTBED = Path(__file__).resolve().parents[2] / "examples" / "testbed"
 

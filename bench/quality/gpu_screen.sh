@@ -3,10 +3,11 @@
 #
 #   bash bench/quality/gpu_screen.sh MODEL PARTS CARRY OUT
 #
-# MODEL: qwen or qwen15. PARTS: folder of its part.00, ... CARRY: folder with get_model.py, lib/gguf
-# and texts/*.txt.gz. OUT: folder for the JSON files. M1, M2, M3: minutes of the three stages: many
-# settings at 8K, few at 32K, a few at 8K with greedy answers. S1, S2, S3: their settings. What fails
-# or runs out of time leaves what it has measured, and the next stage begins.
+# From a checkout, nothing built. MODEL: qwen or qwen15. PARTS: folder of its part.00, ... CARRY:
+# folder with get_model.py, lib/gguf and texts/*.txt.gz. OUT: folder for the JSON files. M0 to M3:
+# minutes of tuning and of three stages: many settings at 8K, few at 32K, a few at 8K with greedy
+# answers. S1 to S3: their settings. What fails or runs out of time leaves what it has measured, and
+# the next stage begins.
 set -eu
 model=$1 parts=$2 carry=$3 out=$4
 folder=${MODELS:-/tmp/models}/$model

@@ -16,10 +16,11 @@ import argparse
 import dataclasses
 
 import numpy as np
-import tasks
 from corpus import TextLimits
 from train_testbed import SMOKE, Phase, Recipe, Sampler, run
 from transformers import PreTrainedTokenizerFast
+
+from prism_cuda.tune import tasks
 
 RECIPE = Recipe(
     phases=(

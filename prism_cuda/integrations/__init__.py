@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import sys
 from types import ModuleType
@@ -11,18 +12,21 @@ from typing import Any
 from prism_cuda.config import PrismConfig, as_config
 
 
-def register(config: PrismConfig | None = None, name: str = "prism") -> None:
+def register(config: PrismConfig | str | os.PathLike | None = None, name: str = "prism") -> None:
     """Make ``attn_implementation=name`` available to every transformers model.
 
     Args:
         config: settings for all models loaded under this name; bands come from each model's own
             RoPE configuration unless the config sets them. Register several names to use several
-            configs; registering a name again replaces its config.
+            configs; registering a name again replaces its config. Or the path of a file that
+            :meth:`PrismConfig.load` reads, such as ``python -m prism_cuda tune`` writes.
         name: the key to pass as attn_implementation.
 
     Raises:
         ImportError: if transformers is not installed, or a version that is not supported.
     """
+    if isinstance(config, (str, os.PathLike)):
+        config = PrismConfig.load(config)
     _plugin().register(as_config("register", config), name)
 
 

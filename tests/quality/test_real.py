@@ -14,15 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "quality" / "real"))
 import attend_kept as attention  # noqa: E402
-import bounds  # noqa: E402
 import run  # noqa: E402
 import scoring  # noqa: E402
 import selection  # noqa: E402
 import texts  # noqa: E402
 import tune  # noqa: E402
-from tasks import Encoder, make  # noqa: E402
 
 from prism_cuda import reference  # noqa: E402
+from prism_cuda.tune import bounds  # noqa: E402
+from prism_cuda.tune.tasks import Encoder, make  # noqa: E402
 
 LENGTH = 640
 

@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 import pytest
-import tasks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from prism_cuda.tune import tasks
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import attend_kept as attention
-import bounds
 import numpy as np
 import scoring
 import texts
@@ -32,7 +31,10 @@ from scoring import Runner, counts
 from selection import METHODS, Q_BLOCK
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from tasks import TASKS, Encoder, Sample, make  # noqa: E402
+import package  # noqa: E402, F401
+
+from prism_cuda.tune import bounds  # noqa: E402
+from prism_cuda.tune.tasks import TASKS, Encoder, Sample, make  # noqa: E402
 
 DENSE = "dense:1"
 WINDOW = "window"

@@ -29,7 +29,9 @@ from transformers import (
 )
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from tasks import Sample  # noqa: E402
+import package  # noqa: E402, F401
+
+from prism_cuda.tune.tasks import Sample  # noqa: E402
 
 NAME = "quality_real"
 LOGIT_CHUNK = 2048

@@ -24,6 +24,10 @@ import texts
 import torch
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+import package  # noqa: E402, F401
+
+from prism_cuda.tune.choice import choose  # noqa: E402
+from prism_cuda.tune.tasks import TASKS, Encoder, Sample, make  # noqa: E402
 
 TOP_P = (0.3, 0.5, 0.65, 0.8, 0.88, 0.92, 0.95, 0.97, 0.985, 0.995)
 THRESHOLDS = (0.2, 0.1, 0.06, 0.04, 0.025, 0.015, 0.01, 0.006, 0.003, 0.001)
@@ -42,22 +46,6 @@ def knobs(file: Path, density: float) -> dict[int, list[float]]:
         KeyError: if the file has no such density.
     """
     return {int(layer): row for layer, row in _read(file)["knobs"][f"{density:g}"].items()}
-
-
-def choose(density: np.ndarray, error: np.ndarray, target: float) -> np.ndarray:
-    """Index of each head's knob: least total error for a mean density of ``target``.
-
-    density, error: (heads, knobs).
-    """
-    low, high = -40.0, 40.0
-    for _ in range(60):
-        price = np.exp((low + high) / 2)
-        chosen = (error + price * density).argmin(1)
-        if density[np.arange(len(chosen)), chosen].mean() > target + 1e-9:
-            low = (low + high) / 2
-        else:
-            high = (low + high) / 2
-    return (error + np.exp(high) * density).argmin(1)
 
 
 class Fit:
@@ -129,7 +117,6 @@ def main() -> None:
     import attend_kept as attention
     import scoring
     import selection
-    from tasks import TASKS, Encoder, Sample, make
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prism_cuda.config import PrismConfig
@@ -13,7 +15,7 @@ from prism_cuda.config import PrismConfig
 # PrismConfig's own, which was measured against torch's attention, and not measured in vLLM yet.
 DENSE_BELOW = 8192
 
-_OWN = ("workspace_tokens",)
+_OWN = ("config", "workspace_tokens")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Settings:
     """What ``additional_config["prism"]`` says.
 
     Attributes:
-        config: fields of PrismConfig.
+        config: fields of PrismConfig; those of the file that "config" names, if any, and above
+            them those given one by one.
         workspace_tokens: bounds the memory of a call: prefills of one step are attended to in
             groups of at most so many keys, each sequence counted as long as the group's longest.
     """
@@ -62,11 +65,28 @@ def settings_of(additional_config: Any) -> Settings:
             f'prism: additional_config["prism"]["workspace_tokens"] is {tokens!r}; expected an '
             "integer above 0"
         )
-    values = {"dense_below": DENSE_BELOW} | {k: v for k, v in given.items() if k not in _OWN}
+    values = {"dense_below": DENSE_BELOW} | _settings_of_file(given.get("config"))
+    values |= {k: v for k, v in given.items() if k not in _OWN}
     try:
         return Settings(PrismConfig(**values), tokens)
     except ValueError as error:
         raise ValueError(f'prism: additional_config["prism"] is wrong: {error}') from error
+
+
+def _settings_of_file(path: Any) -> dict[str, Any]:
+    """What a config file sets, and no more: what it leaves out has defaults of its own here."""
+    if path is None:
+        return {}
+    if not isinstance(path, str):
+        raise ValueError(
+            f'prism: additional_config["prism"]["config"] is {path!r}; expected the path of a '
+            "config file"
+        )
+    try:
+        PrismConfig.load(path)  # which says what is wrong with it
+    except (OSError, ValueError) as error:
+        raise ValueError(f'prism: additional_config["prism"]["config"]: {error}') from error
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def has_settings_of_heads(config: PrismConfig) -> bool:

@@ -1,5 +1,6 @@
-"""Synthetic long-context tasks with known answers, for any tokenizer; the evaluation and the
-training of the stronger testbed share them.
+"""Synthetic long-context tasks with known answers, for any tokenizer.
+
+Shared by tuning, the evaluation and the training of the stronger testbed.
 
 RULER's retrieval tasks (single, multi-key and multi-value needles, variable tracking), key-value
 retrieval from a long dictionary, and copying of random spans. One sequence holds many independent
@@ -75,7 +76,7 @@ class Instance:
 
 def _number(rng: np.random.Generator, digits: int = 7) -> list[str]:
     # Digit by digit, the first with its space: any tokenizer then agrees between copies.
-    first, *rest = str(rng.integers(10 ** (digits - 1), 10**digits))
+    first, *rest = list(str(rng.integers(10 ** (digits - 1), 10**digits)))
     return [" " + first, *rest]
 
 
@@ -242,8 +243,8 @@ def copies(
     split = int(len(filler) * ask_from)
     span = max(min(span, split // instances, (len(filler) - split) // instances), cue + 1)
     spans = rng.integers(1, len(encode.tokenizer), (instances, span))
-    for start, stop, order in ((0, split, range(instances)), (split, len(filler), None)):
-        order = rng.permutation(instances) if order is None else order
+    for start, stop in ((0, split), (split, len(filler))):
+        order = rng.permutation(instances) if start else np.arange(instances)
         edges = np.linspace(start, stop, instances + 1).astype(int)
         for index, low, high in zip(order, edges, edges[1:], strict=False):
             at = int(rng.integers(low, high - span + 1))
@@ -268,24 +269,32 @@ def make(
     return TASKS[task](rng, encode, filler, instances, ask_from=ask_from)
 
 
-def _single(rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any):
+def _single(
+    rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any
+) -> Sample:
     return needles(rng, encode, filler, n, **kw)
 
 
-def _multi_key(rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any):
+def _multi_key(
+    rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any
+) -> Sample:
     # As many distractors as the text can hold in half of its length.
     room = max(int(len(filler) * kw["ask_from"]) // 80, n)
     return needles(rng, encode, filler, min(8 * n, room), ask=n, **kw)
 
 
-def _multi_value(rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any):
+def _multi_value(
+    rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any
+) -> Sample:
     def four(rng: np.random.Generator) -> Instance:
         return needle(rng, values=4)
 
     return needles(rng, encode, filler, max(n // 2, 1), make=four, **kw)
 
 
-def _tracking(rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any):
+def _tracking(
+    rng: np.random.Generator, encode: Encoder, filler: np.ndarray, n: int, **kw: Any
+) -> Sample:
     return needles(rng, encode, filler, max(n // 2, 1), make=chain, **kw)
 
 

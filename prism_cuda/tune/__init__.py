@@ -1,0 +1,1 @@
+"""``python -m prism_cuda tune``: what settings cost a model, and budgets for its heads."""

@@ -41,7 +41,7 @@ help:
 	@echo 'make test-all     those marked slow as well'
 	@echo 'make test-models  every architecture of transformers, most of an hour; writes docs/models.md'
 	@echo 'make demo    build, then run a model with dense and with sparse attention; MODEL=testbed: offline'
-	@echo 'make quality selection quality against density on the testbed, into build/quality'
+	@echo 'make quality density, perplexity and retrieval of some settings on smollm2, into build/quality'
 	@echo 'make build   compile the ops library in place; CUDA=1: for every architecture'
 	@echo 'make wheel   a wheel for other machines, into dist'
 	@echo 'make test-vllm    the vLLM backend against an installed vLLM, or VLLM_SOURCE=unpacked wheel'
@@ -92,9 +92,15 @@ kernel-repo: $(READY)
 demo: build
 	$(PY) -m prism_cuda demo $(if $(MODEL),--model $(MODEL))
 
-quality: $(READY)
+quality: build
+	@mkdir -p build/quality
+ifneq ($(MODEL),testbed)
+	$(PY) -m prism_cuda tune $(or $(MODEL),smollm2) --lengths 4096 --windows 2 --passes 2 \
+	  --top-p 0.9 0.95 --out build/quality/config.json
+else
 	PYTHONPATH=. $(PY) bench/quality/frontier.py --out build/quality --lengths 4096 --windows 2 --tasks copy \
 	  --methods prism peak fine mean_pool xattention vertical_slash oracle_t
+endif
 
 lint: $(READY)
 	$(PY) tools/check_includes.py

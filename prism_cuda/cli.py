@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser("tune", help="what settings cost a model; budgets for its heads")
-    tune.add_argument("model", help="a Hugging Face model: folder or name")
+    tune.add_argument("model", help="smollm2, testbed, or a Hugging Face folder or name")
     tune.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE")
     tune.add_argument("--lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
     tune.add_argument("--top-p", type=float, nargs="+", default=[0.9, 0.95, 0.98])

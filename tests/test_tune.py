@@ -134,3 +134,20 @@ def test_the_file_is_read_everywhere(tmp_path: Path) -> None:
     for wrong, message in ((3, "is 3; expected the path"), (str(tmp_path / "no"), "No such file")):
         with pytest.raises(ValueError, match=message):
             settings_of({"prism": {"config": wrong}})
+
+
+def test_what_keeps_everything_spoils_nothing(folder: Path) -> None:
+    from prism_cuda.tune.fit import Fit
+    from prism_cuda.tune.model import Model
+    from prism_cuda.tune.tasks import Sample
+
+    prism_cuda.register(prism_cuda.PrismConfig())
+    fit = Fit(Model(str(folder), torch.device("cpu")), prism_cuda.PrismConfig(), (0.2, 0.4, 1.0))
+    fit.run(Sample(np.arange(1024) * 7 % 256))
+    fit.close()
+    assert [*fit.density] == [*fit.error] == [*range(LAYERS)]
+    for density, error in zip(fit.density.values(), fit.error.values(), strict=True):
+        assert density.shape == error.shape == (HEADS, 3)
+        assert (density[:, 2] == 1).all() and (density[:, 0] < 1).all()
+        assert (np.diff(density) >= 0).all()
+        assert (error[:, 2] < 1e-12).all() and (error[:, 0] > 1e-9).all()

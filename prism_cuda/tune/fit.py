@@ -90,7 +90,8 @@ class Fit:
             raise ValueError(
                 f"tune: {type(module).__name__} has no o_proj; expected one to weigh by"
             )
-        by_head = projection.weight.unflatten(1, out.shape[2:]).permute(1, 2, 0)
+        by_head = projection.weight.float().unflatten(1, out.shape[2:]).permute(1, 2, 0)
+        gram = by_head @ by_head.mT  # (heads, head_dim, head_dim): |x W|^2 is x gram x
         densities, errors = [], []
         for attend in self._sparse:
             with record(masks=True) as recording:
@@ -98,8 +99,9 @@ class Fit:
             if not recording.calls or recording.calls[0].mask is None:
                 return out, None  # a window, or whatever else runs dense
             densities.append(recording.calls[0].mask.density_per_head()[0])
-            spoilt = (ours - out)[0].transpose(0, 1) @ by_head
-            relative = spoilt.float().square().sum(-1) / self._streams[layer].clamp_min(1e-20)
+            spoilt = (ours - out)[0].float().transpose(0, 1)
+            square = ((spoilt @ gram) * spoilt).sum(-1)
+            relative = square / self._streams[layer].clamp_min(1e-20)
             errors.append((relative * self._rows).sum(-1))
         for sums, new in ((self.density, densities), (self.error, errors)):
             stacked = torch.stack(new, -1).double().cpu().numpy()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from prism_cuda.config import PrismConfig
-from prism_cuda.demo import logits_of
+from prism_cuda.demo import logits_of, model_folder
 from prism_cuda.integrations import register
 from prism_cuda.recording import record
 from prism_cuda.tune.tasks import Sample
@@ -23,7 +22,7 @@ class Model:
     """A model and its tokenizer."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        """Load ``name``, a folder or the name of a model on the Hub.
+        """Load ``name``: smollm2 (downloaded once), testbed, a folder, or a model on the Hub.
 
         Raises:
             ImportError: without transformers, or with a version that is not supported.
@@ -34,7 +33,9 @@ class Model:
             raise ImportError(
                 "tune needs transformers >= 5.17: pip install 'prism-cuda[hf]'"
             ) from error
-        path = str(Path(name)) if Path(name).exists() else name
+        # Names of the demo's models first, then folders, then the Hub's names.
+        demos = name in ("smollm2", "testbed")
+        path = str(model_folder(name)) if demos else name
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)

@@ -164,6 +164,16 @@ def test_hopper_kernels_are_compiled_for_hopper_alone():
     assert nvcc_with_report.for_one_file(ampere) == ampere
 
 
+def test_portable_kernels_are_translated_for_hopper_from_ptx_of_ampere():
+    flags = find_cuda.gencode_flags(["80+PTX", "90a"])
+    rest = ["-c", "csrc/kernels/attention/sm80/instantiations/x.cu"]
+    from_ampere = "-gencode=arch=compute_80,code=sm_90"
+    both = ["nvcc", *flags, *rest]
+    assert nvcc_with_report.for_one_file(both) == ["nvcc", *flags[:2], from_ampere, *both[4:]]
+    alone = ["nvcc", *find_cuda.gencode_flags(["90a"]), *rest]
+    assert nvcc_with_report.for_one_file(alone) == alone
+
+
 def test_an_include_that_is_missing_is_found(tmp_path):
     """gcc 12's headers bring <cstdint>, gcc 13's do not: no compiler here shows that it is gone."""
     header = (ROOT / "csrc/kernels/params.h").read_text()

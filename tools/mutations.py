@@ -145,8 +145,8 @@ CPU = (
 )
 
 # A file that many objects include is tried in those that the tests of one case run.
-SM80 = "sm80/instantiations/bf16_d64_m64"
-SM90 = "sm90/instantiations/bf16_d128_n128"
+SM80 = "sm80/instantiations/bf16_d64."
+SM90 = "sm90/instantiations/bf16_d128."
 GPU = (
     Mutation(
         "keep: few queries are not short",

@@ -4,7 +4,9 @@
 routine. Both builds put it in front of nvcc; ptxas_report.py reads the files.
 
 Kernels in a folder sm90/ are compiled for sm_90a alone where that is one of the architectures:
-for the others they are empty, and reading them once more takes as long as compiling them.
+for the others they are empty, and reading them once more takes as long as compiling them. Those in
+a folder sm80/ use nothing that Hopper adds: ptxas makes Hopper's code from the PTX of sm_80, byte
+for byte what it makes from PTX of its own, and that half of the compiler's time is saved.
 """
 
 from __future__ import annotations
@@ -13,14 +15,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+AMPERE = "-gencode=arch=compute_80,code="
+
 
 def for_one_file(command: list[str]) -> list[str]:
-    """Return nvcc's command without the architectures that the file has no code for."""
-    source = next((argument for argument in command if argument.endswith(".cu")), "")
-    hopper = [flag for flag in command if flag.startswith("-gencode=arch=compute_90a,")]
-    if "sm90" not in Path(source).parts or not hopper:
+    """Return nvcc's command with the architectures that the file needs code of its own for."""
+    folders = Path(next((argument for argument in command if argument.endswith(".cu")), "")).parts
+    if HOPPER not in command:
         return command
-    return [flag for flag in command if not flag.startswith("-gencode") or flag in hopper]
+    if "sm90" in folders:
+        return [flag for flag in command if not flag.startswith("-gencode") or flag == HOPPER]
+    if "sm80" in folders and any(flag.startswith(AMPERE) for flag in command):
+        return [f"{AMPERE}sm_90" if flag == HOPPER else flag for flag in command]
+    return command
 
 
 def main(command: list[str]) -> int:

@@ -11,7 +11,7 @@ namespace prism::sm90 {
 
 // One instantiation of the Hopper kernel: 128 query rows a tile, kBlockN is the key block size.
 // kScoreOptions: with softcap and windows, and every key block size that kBlockN divides.
-// Instantiated under instantiations/, one file each so that they compile in parallel.
+// Instantiated under instantiations/, in files that compile in parallel.
 template <typename Element, int kHeadDim, int kBlockN, bool kScoreOptions = false>
 cudaError_t launch_attention(const SparseAttentionParams& params, cudaStream_t stream);
 

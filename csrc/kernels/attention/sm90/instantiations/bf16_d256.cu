@@ -6,4 +6,8 @@ template cudaError_t launch_attention<cutlass::bfloat16_t, 256, 128>(const Spars
                                                                      cudaStream_t);
 template void describe_attention<cutlass::bfloat16_t, 256, 128>(std::vector<KernelInfo>&);
 
+template cudaError_t launch_attention<cutlass::bfloat16_t, 256, 64>(const SparseAttentionParams&,
+                                                                    cudaStream_t);
+template void describe_attention<cutlass::bfloat16_t, 256, 64>(std::vector<KernelInfo>&);
+
 }  // namespace prism::sm90

@@ -1,3 +1,4 @@
 #include "kernels/attention/sm80/kernel.cuh"
 
+PRISM_INSTANTIATE_SM80(cutlass::half_t, 128, 128, true);
 PRISM_INSTANTIATE_SM80(cutlass::half_t, 128, 64, true);

@@ -2,6 +2,10 @@
 
 namespace prism::sm90 {
 
+template cudaError_t launch_attention<cutlass::half_t, 256, 128>(const SparseAttentionParams&,
+                                                                 cudaStream_t);
+template void describe_attention<cutlass::half_t, 256, 128>(std::vector<KernelInfo>&);
+
 template cudaError_t launch_attention<cutlass::half_t, 256, 64>(const SparseAttentionParams&,
                                                                 cudaStream_t);
 template void describe_attention<cutlass::half_t, 256, 64>(std::vector<KernelInfo>&);

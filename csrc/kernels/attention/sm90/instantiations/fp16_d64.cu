@@ -6,4 +6,8 @@ template cudaError_t launch_attention<cutlass::half_t, 64, 128>(const SparseAtte
                                                                 cudaStream_t);
 template void describe_attention<cutlass::half_t, 64, 128>(std::vector<KernelInfo>&);
 
+template cudaError_t launch_attention<cutlass::half_t, 64, 64>(const SparseAttentionParams&,
+                                                               cudaStream_t);
+template void describe_attention<cutlass::half_t, 64, 64>(std::vector<KernelInfo>&);
+
 }  // namespace prism::sm90

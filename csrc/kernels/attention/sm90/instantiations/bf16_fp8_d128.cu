@@ -2,6 +2,10 @@
 
 namespace prism::sm90 {
 
+template cudaError_t launch_attention_fp8<cutlass::bfloat16_t, 128, 128>(
+    const SparseAttentionParams&, cudaStream_t);
+template void describe_attention_fp8<cutlass::bfloat16_t, 128, 128>(std::vector<KernelInfo>&);
+
 template cudaError_t launch_attention_fp8<cutlass::bfloat16_t, 128, 64>(
     const SparseAttentionParams&, cudaStream_t);
 template void describe_attention_fp8<cutlass::bfloat16_t, 128, 64>(std::vector<KernelInfo>&);

@@ -1,3 +1,4 @@
 #include "kernels/attention/sm80/kernel.cuh"
 
 PRISM_INSTANTIATE_SM80(cutlass::half_t, 64, 128);
+PRISM_INSTANTIATE_SM80(cutlass::half_t, 64, 64);

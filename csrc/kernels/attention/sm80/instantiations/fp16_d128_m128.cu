@@ -1,3 +1,0 @@
-#include "kernels/attention/sm80/kernel.cuh"
-
-PRISM_INSTANTIATE_SM80(cutlass::half_t, 128, 128);

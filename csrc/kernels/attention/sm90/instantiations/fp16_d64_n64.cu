@@ -1,9 +1,0 @@
-#include "kernels/attention/sm90/kernel.cuh"
-
-namespace prism::sm90 {
-
-template cudaError_t launch_attention<cutlass::half_t, 64, 64>(const SparseAttentionParams&,
-                                                               cudaStream_t);
-template void describe_attention<cutlass::half_t, 64, 64>(std::vector<KernelInfo>&);
-
-}  // namespace prism::sm90

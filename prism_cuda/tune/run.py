@@ -229,5 +229,8 @@ def show(report: list[dict[str, Any]], options: Options) -> None:
         for task, figures in report[0]["retrieval"]["tasks"].items()
     )
     print(f"\nDense attention answers {accuracies} at {report[0]['length']} tokens.")
-    print(f"{options.out}: budgets by {options.by}, as accurate as top_p {options.like:g} for all.")
+    print(
+        f"{options.out}: budgets by {options.by}, with the error of top_p {options.like:g} in the"
+    )
+    print("attention that they were found on. Compare its rows above before using it.")
     print(f'Use it: prism_cuda.register("{options.out}"), PrismConfig.load("{options.out}")')

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.params import needs_cuda
 from helpers.ranks import Ranks
 
 import prism_cuda
@@ -31,6 +32,7 @@ class Case:
     heads: tuple[int, int] = (4, 2)
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
     batch: int = 1
     keywords: dict[str, Any] = field(default_factory=dict)
 
@@ -40,11 +42,14 @@ class Case:
         q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
         # Blocks that differ, so that some stand out.
         scale = 1 + torch.rand(self.length // 64 + 1, generator=generator).repeat_interleave(64)
-        return [(x * scale[: self.length, None]).to(self.dtype) for x in (2 * q, k, v)]
+        made = [x * scale[: self.length, None] for x in (2 * q, k, v)]
+        return [x.to(self.device, self.dtype) for x in made]
 
     def arguments(self) -> dict[str, Any]:
         sinks = self.keywords.get("sinks")
-        return self.keywords | ({} if sinks is None else {"sinks": torch.tensor(sinks)})
+        if sinks is None:
+            return self.keywords
+        return self.keywords | {"sinks": torch.tensor(sinks, device=self.device)}
 
 
 def on_rank(group: Any, case: Case, shards: Shards, given: bool) -> tuple[Any, ...]:
@@ -60,7 +65,7 @@ def on_rank(group: Any, case: Case, shards: Shards, given: bool) -> tuple[Any, .
         **case.arguments(),
     )
     assert out.dtype == case.dtype and out.shape == own[0].shape
-    return out, lse, [(mask.bits, mask.counts) for mask in masks]
+    return out.cpu(), lse.cpu(), [(mask.bits.cpu(), mask.counts.cpu()) for mask in masks]
 
 
 def check(ranks: Ranks, count: int, case: Case, shards: Shards) -> None:
@@ -70,6 +75,7 @@ def check(ranks: Ranks, count: int, case: Case, shards: Shards) -> None:
     out, lse, mask = prism_cuda.prefill(
         q, k, v, config=case.config, return_lse=True, return_mask=True, **case.arguments()
     )
+    out, lse, mask_bits, mask_counts = (x.cpu() for x in (out, lse, mask.bits, mask.counts))
     joined = shards.join([part[0] for part in parts])
     tolerance = TOLERANCE[case.dtype]
     torch.testing.assert_close(joined, out, atol=tolerance, rtol=tolerance)
@@ -78,16 +84,16 @@ def check(ranks: Ranks, count: int, case: Case, shards: Shards) -> None:
     # Blocks of queries of the aligned stretches, and words up to what each of them sees.
     q_block_size, _ = case.config.block_sizes
     blocks = shards.aligned(q_block_size).in_units(q_block_size)
-    words = mask.bits.shape[-1]
+    words = mask_bits.shape[-1]
     bits, counts = [], []
     for _, _, masks in parts:
         padded = [torch.nn.functional.pad(own, (0, words - own.shape[-1])) for own, _ in masks] or [
-            mask.bits[:, :, :0]
+            mask_bits[:, :, :0]
         ]
         bits.append(torch.cat(padded, 2))
-        counts.append(torch.cat([own for _, own in masks] or [mask.counts[:, :, :0]], 2))
-    assert torch.equal(blocks.join(bits), mask.bits)
-    assert torch.equal(blocks.join(counts), mask.counts)
+        counts.append(torch.cat([own for _, own in masks] or [mask_counts[:, :, :0]], 2))
+    assert torch.equal(blocks.join(bits), mask_bits)
+    assert torch.equal(blocks.join(counts), mask_counts)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -103,6 +109,18 @@ def test_equals_one_process(ranks: Ranks, count: int, layout: str, config: Prism
 def test_every_dtype(ranks: Ranks, dtype: torch.dtype, config: PrismConfig) -> None:
     case = Case(config, dtype=dtype, length=512)
     check(ranks, 2, case, distributed.zigzag(512, 2, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("config", [GRID, BANDS, MIXED], ids=["grid", "bands", "mixed"])
+def test_two_ranks_on_one_card(
+    ranks: Ranks, config: PrismConfig, layout: str, dtype: torch.dtype
+) -> None:
+    """Through gloo, which copies tensors of the GPU to the host and back."""
+    needs_cuda()
+    case = Case(config, dtype=dtype, device="cuda:0", length=1408)
+    check(ranks, 2, case, getattr(distributed, layout)(case.length, 2))
 
 
 OTHERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -122,10 +123,10 @@ def run(
     print(f"{model_path.name}: {tokens} tokens of the standard library, {dtype} on {device.type}")
 
     model.set_attn_implementation("sdpa")
-    dense = _forward(model, tokenizer, input_ids)
+    dense = _forward(model, tokenizer, input_ids, "dense")
     model.set_attn_implementation("prism")
     with record(masks=True, times=True) as recording:
-        sparse = _forward(model, tokenizer, input_ids)
+        sparse = _forward(model, tokenizer, input_ids, "prism")
     calls = [call for call in recording.calls if call.q_len == tokens]
 
     print_table(
@@ -199,13 +200,14 @@ def _standard_library() -> Iterator[str]:
 
 
 @torch.inference_mode()
-def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor) -> Run:
+def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor, name: str) -> Run:
     model(input_ids[:, :WARM_UP_TOKENS], use_cache=False, logits_to_keep=1)
     _wait(input_ids.device)
-    start = time.perf_counter()
-    prefilled = model.base_model(input_ids, use_cache=True)
-    _wait(input_ids.device)
-    seconds = time.perf_counter() - start
+    with _progress(model, name):
+        start = time.perf_counter()
+        prefilled = model.base_model(input_ids, use_cache=True)
+        _wait(input_ids.device)
+        seconds = time.perf_counter() - start
     hidden, cache = prefilled.last_hidden_state[0], prefilled.past_key_values
     perplexity = _perplexity(model, hidden[:-1], input_ids[0, 1:])
     answer = [int(logits_of(model, hidden[-1:]).argmax())]
@@ -214,6 +216,25 @@ def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor) -> Run:
         hidden = model.base_model(last, past_key_values=cache, use_cache=True).last_hidden_state
         answer.append(int(logits_of(model, hidden[0]).argmax()))
     return Run(perplexity, seconds, tokenizer.decode(answer).strip().split("\n")[0])
+
+
+@contextlib.contextmanager
+def _progress(model: Any, name: str) -> Iterator[None]:
+    """A bar over the layers of one forward pass, on a terminal; transformers brings tqdm."""
+    from tqdm import tqdm
+
+    layers = model.base_model.layers
+    with tqdm(total=len(layers), desc=name, unit="layer", leave=False, disable=None) as bar:
+        hooks = [layer.register_forward_hook(lambda *_: _advance(bar)) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _advance(bar: Any) -> None:
+    bar.update()  # what it returns must not reach the hook, which would replace the layer's output
 
 
 def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ Path = Literal["prism", "dense"]
 # A selection that keeps nearly everything of so long an input costs more than it saves.
 LONG_INPUT = 8192
 NEARLY_ALL = 0.9
+HELP = "docs/diagnose.md, Density near 1"
 
 
 @dataclass
@@ -67,7 +68,14 @@ class Recording:
         order = sorted(rows, key=lambda key: (key[0] is None, key[0] or 0))  # else as they came
         header = ["layer", "path", "by", "calls", "queries", "keys", "density"]
         header += ["ms"] if self.times else []
-        return format_table([*header, "reason"], [self._row(key, rows[key]) for key in order])
+        table = format_table([*header, "reason"], [self._row(key, rows[key]) for key in order])
+        full = sum(map(_keeps_nearly_all, self.calls))
+        if not full:
+            return table
+        return (
+            f"{table}\n{full} of {len(self.calls)} calls computed more than {NEARLY_ALL:.0%} of "
+            f"the blocks of a long input: nothing to leave out here, see {HELP}"
+        )
 
     def _row(self, key: tuple, calls: list[CallRecord]) -> list[str]:
         layer, path, estimator, reason = key
@@ -104,8 +112,7 @@ def record(
         own_thread: leave out the calls of other threads. Models that attend in a thread of their
             own, as generate_batch does, are then left out too.
 
-    Recording reads densities back from the device, so it costs a synchronisation per call. Where a
-    selection kept more than 90 % of a long input's blocks, a warning says so once.
+    Recording reads densities back from the device, so it costs a synchronisation per call.
     """
     recording = Recording(masks, times, thread=threading.get_ident() if own_thread else None)
     active.append(recording)
@@ -129,21 +136,39 @@ def note(recordings: list[Recording], call: CallRecord) -> None:
         mask = call.mask if recording.masks else None
         times = dict(call.times) if recording.times else {}
         recording.calls.append(dataclasses.replace(call, mask=mask, times=times))
-    if call.estimator is not None and call.k_len >= LONG_INPUT and call.density > NEARLY_ALL:
-        _warn_of_density(call)
+    if _keeps_nearly_all(call):
+        warn_of_density(call.layer_idx, call.k_len, call.density, call.estimator)
+
+
+def _keeps_nearly_all(call: CallRecord) -> bool:
+    long_choice = call.estimator is not None and call.k_len >= LONG_INPUT
+    return long_choice and call.density > NEARLY_ALL
 
 
 _warned = False
 
 
-def _warn_of_density(call: CallRecord) -> None:
+def still_silent() -> bool:
+    """Whether :func:`warn_of_density` has not warned in this process."""
+    return not _warned
+
+
+def warn_of_density(
+    layer_idx: int | None, k_len: int, density: float, estimator: str | None
+) -> None:
+    """Say once that a selection left next to nothing out of a long input.
+
+    It takes the kept blocks on the host. So it is given where they are there: by recordings, which
+    wait for the device anyway, and by calls on the CPU. Other CUDA calls do not look: one copy to
+    the host would stop the launches of every layer and could not be captured in a CUDA graph.
+    """
     global _warned
     if not _warned:
         _warned = True
-        layer = "" if call.layer_idx is None else f" of layer {call.layer_idx}"
+        layer = "" if layer_idx is None else f" of layer {layer_idx}"
         warnings.warn(
-            f"prism: a call{layer} with {call.k_len} keys computed {call.density:.0%} of its "
-            f"blocks, chosen by {call.estimator}: attention without structure, or settings that "
-            "leave nothing out; dense attention would be faster",
+            f"prism: a call{layer} with {k_len} keys computed {density:.0%} of its blocks, chosen "
+            f"by {estimator}: nothing to leave out here, dense attention would be faster; see "
+            f"{HELP}",
             stacklevel=2,
         )

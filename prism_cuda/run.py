@@ -73,7 +73,10 @@ def run(
         recordings = recording.listening()
         if recordings:
             return _recorded(recordings, layer_idx, call)
-    return call.whole()
+    result = call.whole()
+    if plan.estimator is not None and q.device.type == "cpu" and batch is None:
+        _warn_if_nearly_all(result, layer_idx, call)
+    return result
 
 
 @dataclass
@@ -221,6 +224,18 @@ def _recorded(recordings: list[Recording], layer_idx: int | None, call: _Call) -
         record.density = record.mask.density()
     recording.note(recordings, record)
     return result
+
+
+def _warn_if_nearly_all(result: Result, layer_idx: int | None, call: _Call) -> None:
+    """Of a call on the CPU, where counts can be read without waiting for a device."""
+    if torch.compiler.is_compiling() or not recording.still_silent():
+        return
+    q_len, k_len = call.q.shape[2], call.k.shape[2]
+    # Not the fake tensors of a trace, which hold no numbers.
+    if k_len >= recording.LONG_INPUT and type(result[3]) is torch.Tensor:
+        density = mask_of(result, q_len, k_len, call.config, call.causal).density()
+        if density > recording.NEARLY_ALL:
+            recording.warn_of_density(layer_idx, k_len, density, call.plan.estimator)
 
 
 def _note_sequences(

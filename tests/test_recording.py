@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -105,14 +107,37 @@ def test_summary_has_a_row_for_every_layer_and_way() -> None:
     assert calls.summary().splitlines()[1].split()[0] == "3"
 
 
-def test_a_selection_of_nearly_everything_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def _of_everything(monkeypatch: pytest.MonkeyPatch) -> Callable[[], torch.Tensor]:
+    """A call that computes all blocks of what counts as a long input."""
     monkeypatch.setattr(recording, "_warned", False)
     monkeypatch.setattr(recording, "LONG_INPUT", 500)
     everything = PrismConfig(block_size=64, dense_below=0, top_p=1.0)
     qkv = torch.randn(3, 1, 2, 512, 64)
-    prism_cuda.prefill(*qkv, config=everything)  # without a recording nothing is known
-    with prism_cuda.record(), pytest.warns(UserWarning, match="computed 100% of its blocks"):
-        prism_cuda.prefill(*qkv, config=everything)
-    with prism_cuda.record(), warnings.catch_warnings():
+    return lambda: prism_cuda.prefill(*qkv, config=everything)
+
+
+@pytest.mark.parametrize("block", [contextlib.nullcontext, prism_cuda.record])
+def test_a_selection_of_nearly_everything_warns_once(
+    monkeypatch: pytest.MonkeyPatch, block: Callable
+) -> None:
+    call = _of_everything(monkeypatch)
+    with block(), pytest.warns(UserWarning, match="computed 100% of its blocks.*diagnose"):
+        call()
+    with block(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        prism_cuda.prefill(*qkv, config=everything)
+        call()
+
+
+def test_summary_says_where_nothing_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = _of_everything(monkeypatch)
+    with warnings.catch_warnings(), prism_cuda.record() as calls:
+        warnings.simplefilter("ignore")
+        call()
+    assert calls.summary().splitlines()[-1].startswith("1 of 1 calls computed more than 90%")
+
+
+def test_compiled_calls_do_not_look_at_densities(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = torch.compile(_of_everything(monkeypatch), fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call()

@@ -29,7 +29,7 @@ for python in "$@"; do
 done
 
 python3 - "$wheel" "$result" "$logs" "$pair" "${rows[@]}" <<'PY'
-import hashlib, json, pathlib, re, subprocess, sys
+import hashlib, json, os, pathlib, re, subprocess, sys
 
 wheel, result, logs = map(pathlib.Path, sys.argv[1:4])
 pair, rows = sys.argv[4], sys.argv[5:]
@@ -44,16 +44,14 @@ for version, status, seconds in zip(*[iter(rows)] * 3, strict=True):
     asked = subprocess.run([python, "-c", libraries], capture_output=True, text=True)
     torch, transformers, glibc = asked.stdout.split() or [None] * 3
     log = (folder / f"{pair}.log").read_text(errors="replace")
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log.strip().split("\n")[-1])
     pythons[version] = {
         "torch": torch,
         "transformers": transformers,
         "glibc": glibc,
         "ok": status == "0",
         "seconds": int(seconds),
-        **{
-            word: int(count)
-            for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", log.strip().split("\n")[-1])
-        },
+        **{word: int(count) for count, word in counts},
         "failures": re.findall(r"^FAILED (\S+)", log, re.MULTILINE),
     }
 about = {
@@ -61,6 +59,8 @@ about = {
     "bytes": wheel.stat().st_size,
     "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
 }
-result.write_text(json.dumps({"wheel": about, "pythons": pythons}, indent=1) + "\n")
+suite = os.environ.get("MATRIX_ARGS", "matrix.sh's short suite")
+content = {"wheel": about, "suite": suite, "pythons": pythons}
+result.write_text(json.dumps(content, indent=1) + "\n")
 PY
 exit "$failed"

@@ -30,7 +30,8 @@ block-sparse kernel served layers of the prompt.
 
 Layers that see everything (encoders, images), whose values are narrower than their queries, with
 position biases, chunked attention, masks of the model's own or a trained sparse index run dense and
-right. Reasons are what `prism_cuda.record()` tells.
+right. Reasons are what `prism_cuda.record()` tells. The sweep whose outcomes are committed is
+[models.json](../bench/results/cpu/models.json).
 """
 
 
@@ -115,7 +116,7 @@ def page(outcomes: list[dict[str, Any]]) -> str:
         ("Dense", "dense", reasons),
         ("Refused", "refused", lambda outcome: outcome["refused"]),
         ("Wrong", "WRONG", lambda outcome: "; ".join(outcome["wrong"].values())),
-        ("Not tried: no tiny model was made", "not tried", lambda outcome: outcome["unbuilt"]),
+        ("Not tried: no tiny model was made, for the reason given", "not tried", lambda outcome: outcome["unbuilt"]),
     ):
         if name in groups:
             parts.append(f"## {title}\n\n| model type | class | |\n|---|---|---|")

@@ -45,9 +45,11 @@ def dispatch(
     """
     config = as_config("dispatch", config)
     options = ScoreOptions(softcap=softcap, window_left=window_left)
-    return plan_of_shape(
-        q_len, k_len, head_dim, dtype, torch.device(device), config, options, sinks
-    )
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        # Plans are remembered by their device, and the current one changes.
+        device = torch.device("cuda", torch.cuda.current_device())
+    return plan_of_shape(q_len, k_len, head_dim, dtype, device, config, options, sinks)
 
 
 def prefill(
@@ -97,7 +99,7 @@ def prefill(
     config = as_config("prefill", config)
     options = score_options(sinks, softcap, window_left)
     q, k, v = computed(q, k, v)
-    check("prefill", q, k, v, scale, options)
+    check("prefill", q, k, v, scale, options, causal)
     check_settings(config, q.shape[1], q.shape[3], False)
     chosen = plan(q, k, v, config, options, needs_lse=return_lse)
     result = run(chosen, q, k, v, config, options, scale=scale, causal=causal)
@@ -139,7 +141,7 @@ def select_blocks(
     """
     config = as_config("select_blocks", config)
     q, k, _ = computed(q, k, k)
-    check("select_blocks", q, k, k, scale)
+    check("select_blocks", q, k, k, scale, causal=causal)
     ops.load()
     estimator = estimators.get(config.estimator_of(q.shape[-1]))
     bits, counts = estimator.select(q, k, config, scale=scale, causal=causal)

@@ -25,6 +25,9 @@ FP8 = torch.float8_e4m3fn
 LEAST_SCALE = torch.finfo(torch.float32).tiny * math.log(2)
 LARGEST_SCALE = torch.finfo(torch.float32).max * math.log(2)
 
+# Ops take integers of 64 bits.
+LARGEST_WINDOW = (1 << 63) - 1
+
 SPARSE = "block-sparse"
 WINDOW = "sliding window: every block in it"
 
@@ -250,6 +253,7 @@ def check(
     v: torch.Tensor,
     scale: float | None,
     options: ScoreOptions = PLAIN,
+    causal: bool = True,
 ) -> None:
     """Refuse tensors (B, H, L, D) that do not fit each other, whichever way the call would go.
 
@@ -283,9 +287,17 @@ def check(
             f"scale is {scale}",
             "None, or a finite number above 0, neither under nor over float32's range",
         )
+    if not isinstance(causal, bool):
+        _refuse(function, f"causal is {causal!r}", "True or False")
     window_left = options.window_left
-    if window_left is not None and (isinstance(window_left, float) or window_left < 0):
-        _refuse(function, f"window_left is {window_left}", "None, or 0 and more keys")
+    if window_left is None:
+        return
+    if isinstance(window_left, (float, str)) or not 0 <= window_left <= LARGEST_WINDOW:
+        _refuse(
+            function,
+            f"window_left is {window_left!r}",
+            "None, or 0 and more keys, less than 2 ** 63",
+        )
 
 
 def _explain(function: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -41,6 +41,14 @@ WRONG: dict[str, Any] = {
     "tiny_scale": (lambda *x: x, {"scale": 1e-40}, "scale is 1e-40; expected None.*float32's"),
     "huge_scale": (lambda *x: x, {"scale": 1e39}, "scale is 1e.39; expected None.*float32's"),
     "window": (lambda *x: x, {"window_left": -1}, "window_left is -1; expected None, or 0"),
+    "huge_window": (
+        lambda *x: x,
+        {"window_left": 1 << 63},
+        "window_left is 9223372036854775808; e",
+    ),
+    "text_window": (lambda *x: x, {"window_left": "7"}, "window_left is '7'; expected None, or 0"),
+    "causal": (lambda *x: x, {"causal": "no"}, "causal is 'no'; expected True or False"),
+    "no_causal": (lambda *x: x, {"causal": None}, "causal is None; expected True or False"),
     "half_window": (lambda *x: x, {"window_left": 900.5}, "window_left is 900.5; expected None"),
 }
 
@@ -80,3 +88,20 @@ def test_no_more_heads_differ_than_the_ops_take_on_either_path(config):
     with pytest.raises(ValueError, match="top_p differs between 130 query heads"):
         prism_cuda.prefill(*tensors, config=config)
     prism_cuda.prefill(*tensors, config=dataclasses.replace(config, top_p=1.0))  # none differs
+
+
+def test_plans_of_the_current_device_are_not_those_of_another(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(prism_cuda.api, "plan_of_shape", lambda *shape: asked.append(shape[4]))
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        prism_cuda.dispatch(8192, 8192, 128, torch.bfloat16, "cuda")
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1)]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA")
+def test_a_torch_without_cuda_says_so():
+    for device in ("cuda", "cuda:3"):
+        plan = prism_cuda.dispatch(8192, 8192, 128, torch.bfloat16, device)
+        assert (plan.path, plan.reason) == ("dense", "unsupported: this torch has no CUDA")

@@ -116,7 +116,11 @@ def page(outcomes: list[dict[str, Any]]) -> str:
         ("Dense", "dense", reasons),
         ("Refused", "refused", lambda outcome: outcome["refused"]),
         ("Wrong", "WRONG", lambda outcome: "; ".join(outcome["wrong"].values())),
-        ("Not tried: no tiny model was made, for the reason given", "not tried", lambda outcome: outcome["unbuilt"]),
+        (
+            "Not tried: no tiny model was made, for the reason given",
+            "not tried",
+            lambda outcome: outcome["unbuilt"],
+        ),
     ):
         if name in groups:
             parts.append(f"## {title}\n\n| model type | class | |\n|---|---|---|")

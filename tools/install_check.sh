@@ -51,7 +51,7 @@ cpp() (
   prefix="$root/build/install_check"
   python="-DPython3_EXECUTABLE=$(command -v "$PYTHON")"
   cmake -S . -B build/cmake_gpu "$python"
-  cmake --build build/cmake_gpu -j "$(nproc)"
+  cmake --build build/cmake_gpu -j "${MAX_JOBS:-$(nproc --all)}" # nproc alone heeds OMP_NUM_THREADS
   ctest --test-dir build/cmake_gpu --output-on-failure
   cmake --install build/cmake_gpu --prefix "$prefix"
   cmake -S examples/cpp -B build/cmake_gpu_example "$python" -DCMAKE_PREFIX_PATH="$prefix"

@@ -66,7 +66,15 @@ def run(model: Any, name: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return logits, mask.density_per_head()[0]
 
 
-def rank_main(rank: int, folder: str, port: int) -> None:
+def split_by_hand(model: Any) -> None:
+    """As tp_plan="auto" splits attention, without the accelerate package that it needs."""
+    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+    split = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
+    plan = {f"model.layers.*.self_attn.{name}": style for name, style in split.items()}
+    parallelize_module(model, mesh, plan | {"model.layers.*.self_attn.o_proj": RowwiseParallel()})
+
+
+def rank_main(rank: int, folder: str, port: int, tp_plan: str | None) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -74,13 +82,10 @@ def rank_main(rank: int, folder: str, port: int) -> None:
     for name, config in SETTINGS.items():
         prism_cuda.register(config, f"prism-{name}")
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="prism-exact", dtype=torch.float32
+        folder, attn_implementation="prism-exact", dtype=torch.float32, tp_plan=tp_plan
     ).eval()
-    # As tp_plan="auto" does, which needs the accelerate package.
-    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
-    split = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj")}
-    plan = {f"model.layers.*.self_attn.{name}": style for name, style in split.items()}
-    parallelize_module(model, mesh, plan | {"model.layers.*.self_attn.o_proj": RowwiseParallel()})
+    if tp_plan is None:
+        split_by_hand(model)
     found = {}
     for name in SETTINGS:
         found[name] = run(model, name, torch.load(f"{folder}/ids.pt"))
@@ -89,7 +94,10 @@ def rank_main(rank: int, folder: str, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp_plan", [None, "auto"])
+def test_two_ranks_do_what_one_process_does(tmp_path: Path, tp_plan: str | None) -> None:
+    if tp_plan:
+        pytest.importorskip("accelerate", reason="tp_plan needs the accelerate package")
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(**TINY), attn_implementation="eager"
     )
@@ -103,7 +111,7 @@ def test_two_ranks_do_what_one_process_does(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path), port), RANKS)
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path), port, tp_plan), RANKS)
 
     of_ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
     for name, config in SETTINGS.items():

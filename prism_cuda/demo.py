@@ -209,7 +209,7 @@ def _forward(model: Any, tokenizer: Any, input_ids: torch.Tensor, name: str) -> 
         _wait(input_ids.device)
         seconds = time.perf_counter() - start
     hidden, cache = prefilled.last_hidden_state[0], prefilled.past_key_values
-    perplexity = _perplexity(model, hidden[:-1], input_ids[0, 1:])
+    perplexity = math.exp(nats_of(model, hidden[:-1], input_ids[0, 1:]))
     answer = [int(logits_of(model, hidden[-1:]).argmax())]
     while len(answer) < ANSWER_TOKENS:
         last = torch.tensor([[answer[-1]]], device=input_ids.device)
@@ -244,14 +244,14 @@ def logits_of(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
-def _perplexity(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    """exp of the mean negative log-likelihood."""
+def nats_of(model: Any, hidden: torch.Tensor, targets: torch.Tensor) -> float:
+    """Mean negative log-likelihood of the targets, from the hidden states that predict them."""
     total = 0.0
     chunks = zip(hidden.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True)
     for chunk, target in chunks:
         logits = logits_of(model, chunk)
         total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
-    return math.exp(total / len(targets))
+    return total / len(targets)
 
 
 def _wait(device: torch.device) -> None:

@@ -69,7 +69,8 @@ class Recording:
         header = ["layer", "path", "by", "calls", "queries", "keys", "density"]
         header += ["ms"] if self.times else []
         table = format_table([*header, "reason"], [self._row(key, rows[key]) for key in order])
-        full = sum(map(_keeps_nearly_all, self.calls))
+        chosen = (call for call in self.calls if call.estimator is not None)
+        full = sum(_keeps_nearly_all(call.k_len, call.density) for call in chosen)
         if not full:
             return table
         return (
@@ -136,13 +137,12 @@ def note(recordings: list[Recording], call: CallRecord) -> None:
         mask = call.mask if recording.masks else None
         times = dict(call.times) if recording.times else {}
         recording.calls.append(dataclasses.replace(call, mask=mask, times=times))
-    if _keeps_nearly_all(call):
+    if call.estimator is not None:
         warn_of_density(call.layer_idx, call.k_len, call.density, call.estimator)
 
 
-def _keeps_nearly_all(call: CallRecord) -> bool:
-    long_choice = call.estimator is not None and call.k_len >= LONG_INPUT
-    return long_choice and call.density > NEARLY_ALL
+def _keeps_nearly_all(k_len: int, density: float) -> bool:
+    return k_len >= LONG_INPUT and density > NEARLY_ALL
 
 
 _warned = False
@@ -156,14 +156,14 @@ def still_silent() -> bool:
 def warn_of_density(
     layer_idx: int | None, k_len: int, density: float, estimator: str | None
 ) -> None:
-    """Say once that a selection left next to nothing out of a long input.
+    """Say once, where it is so, that a selection left next to nothing out of a long input.
 
     It takes the kept blocks on the host. So it is given where they are there: by recordings, which
     wait for the device anyway, and by calls on the CPU. Other CUDA calls do not look: one copy to
     the host would stop the launches of every layer and could not be captured in a CUDA graph.
     """
     global _warned
-    if not _warned:
+    if not _warned and _keeps_nearly_all(k_len, density):
         _warned = True
         layer = "" if layer_idx is None else f" of layer {layer_idx}"
         warnings.warn(

@@ -234,8 +234,7 @@ def _warn_if_nearly_all(result: Result, layer_idx: int | None, call: _Call) -> N
     # Not the fake tensors of a trace, which hold no numbers.
     if k_len >= recording.LONG_INPUT and type(result[3]) is torch.Tensor:
         density = mask_of(result, q_len, k_len, call.config, call.causal).density()
-        if density > recording.NEARLY_ALL:
-            recording.warn_of_density(layer_idx, k_len, density, call.plan.estimator)
+        recording.warn_of_density(layer_idx, k_len, density, call.plan.estimator)
 
 
 def _note_sequences(

@@ -174,6 +174,14 @@ def test_portable_kernels_are_translated_for_hopper_from_ptx_of_ampere():
     assert nvcc_with_report.for_one_file(alone) == alone
 
 
+def test_portable_kernels_use_nothing_that_only_hopper_compiles():
+    """Made from PTX of sm_80 they would lose it without a word, and run ahead of what they read."""
+    files = [*(ROOT / "csrc/kernels/attention/sm80").rglob("*.*")]
+    assert files
+    for file in files:
+        assert not re.search("wait_for_producer|let_consumer_start|__CUDA_ARCH__", file.read_text())
+
+
 def test_an_include_that_is_missing_is_found(tmp_path):
     """gcc 12's headers bring <cstdint>, gcc 13's do not: no compiler here shows that it is gone."""
     header = (ROOT / "csrc/kernels/params.h").read_text()

@@ -18,7 +18,7 @@ from third_party import find_cuda, get_cuda  # noqa: E402
 
 LEFT_OUT = (
     "prism_cuda: no GPU here, so the CUDA kernels are left out; "
-    "`make test CUDA=1` compiles them for every architecture (some 8 minutes on 2 cores)"
+    "`make test CUDA=1` compiles them for every architecture (some 9 minutes on 2 cores)"
 )
 
 

@@ -5,8 +5,9 @@ routine. Both builds put it in front of nvcc; ptxas_report.py reads the files.
 
 Kernels in a folder sm90/ are compiled for sm_90a alone where that is one of the architectures:
 for the others they are empty, and reading them once more takes as long as compiling them. Those in
-a folder sm80/ use nothing that Hopper adds: ptxas makes Hopper's code from the PTX of sm_80, byte
-for byte what it makes from PTX of its own, and that half of the compiler's time is saved.
+a folder sm80/ use nothing that Hopper adds (no wait_for_producer, which would be left out): ptxas
+makes Hopper's code from the PTX of sm_80, instruction for instruction what it makes from PTX of its
+own, and that half of the compiler's time is saved.
 """
 
 from __future__ import annotations

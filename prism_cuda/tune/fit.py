@@ -24,6 +24,15 @@ TOP_P = (0.5, 0.7, 0.8, 0.88, 0.92, 0.95, 0.97, 0.98, 0.99, 0.995)
 ALL = 1 << 62  # keys: no sequence is so long
 
 
+def row_weights(sample: Sample) -> torch.Tensor:
+    """float32 (length,): all rows weigh 1 together, and those that predict answers 1 more."""
+    rows = torch.full((len(sample.ids),), 1 / len(sample.ids))
+    at = [i - 1 for answer in sample.answers for i in range(answer.start, answer.stop)]
+    if at:
+        rows[torch.tensor(at)] += 1 / len(at)
+    return rows
+
+
 class Fit:
     """What every top_p costs and spoils, summed over passes.
 
@@ -74,11 +83,7 @@ class Fit:
 
     def run(self, sample: Sample) -> None:
         """One more pass."""
-        rows = torch.full((len(sample.ids),), 1 / len(sample.ids))
-        at = [i - 1 for answer in sample.answers for i in range(answer.start, answer.stop)]
-        if at:
-            rows[torch.tensor(at)] += 1 / len(at)
-        self._rows = rows.to(self.model.device)
+        self._rows = row_weights(sample).to(self.model.device)
         self.model.hidden(sample, NAME)
         self.passes += 1
 

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from prism_cuda.config import PrismConfig
-from prism_cuda.demo import logits_of, model_folder
+from prism_cuda.demo import LOGIT_CHUNK, logits_of, model_folder, nats_of
 from prism_cuda.integrations import register
 from prism_cuda.recording import record
 from prism_cuda.tune.tasks import Sample
 
 NAME = "prism_tune"
-LOGIT_CHUNK = 1024
 
 
 class Model:
@@ -76,16 +75,8 @@ class Model:
     def _nats(self, sample: Sample, hidden: torch.Tensor) -> float:
         first = len(sample.ids) // 2
         targets = torch.from_numpy(sample.ids[first:]).to(self.device)
-        chunks = zip(
-            hidden[first - 1 : -1].split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True
-        )
-        entropy = torch.nn.functional.cross_entropy
         with torch.inference_mode():
-            nats = [
-                float(entropy(logits_of(self.model, part), target, reduction="sum"))
-                for part, target in chunks
-            ]
-        return sum(nats) / len(targets)
+            return nats_of(self.model, hidden[first - 1 : -1], targets)
 
     def _hits(self, sample: Sample, hidden: torch.Tensor) -> np.ndarray:
         at = np.concatenate([np.arange(s.start, s.stop) for s in sample.answers])

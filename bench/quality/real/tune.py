@@ -27,6 +27,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 import package  # noqa: E402, F401
 
 from prism_cuda.tune.choice import choose  # noqa: E402
+from prism_cuda.tune.fit import row_weights  # noqa: E402
 from prism_cuda.tune.tasks import TASKS, Encoder, Sample, make  # noqa: E402
 
 TOP_P = (0.3, 0.5, 0.65, 0.8, 0.88, 0.92, 0.95, 0.97, 0.985, 0.995)
@@ -97,10 +98,7 @@ def fit(
         if found.passes and spent + spent / found.passes > 60 * minutes:
             print(f"out of time after {found.passes} passes", flush=True)
             break
-        rows = torch.full((len(sample.ids),), 1 / len(sample.ids), device=runner.device)
-        answers = [i - 1 for s in sample.answers for i in range(s.start, s.stop)]
-        if answers:
-            rows[torch.tensor(answers, device=runner.device)] += 1 / len(answers)
+        rows = row_weights(sample).to(runner.device)
 
         def work(layer, query, key, value, scale, window, rows=rows):
             if window is not None:
